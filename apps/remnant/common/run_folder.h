@@ -1,0 +1,99 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <nlohmann/json.hpp>
+
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace remnant::app {
+
+/// Writes a file so that a reader sees the old content or the new, never a part: temporary file in
+/// the same folder, fsync, rename. Throws Error (disk full, no permission); the old file is intact.
+void write_file_atomically(const std::filesystem::path& file, const std::string& content);
+
+/// Tensors in the safetensors layout (8-byte little-endian header length, JSON header, data), order
+/// by name, written atomically. `metadata` goes to "__metadata__".
+void save_tensors(const std::filesystem::path& file, const std::map<std::string, at::Tensor>& tensors,
+                  const std::map<std::string, std::string>& metadata = {});
+struct LoadedTensors {
+  std::map<std::string, at::Tensor> tensors;
+  std::map<std::string, std::string> metadata;
+};
+/// Throws Error with one sentence on a truncated, malformed or foreign file.
+LoadedTensors load_tensors(const std::filesystem::path& file);
+
+/// A run's folder: config.json, metrics.jsonl, memory.json, summary.json, checkpoint/, vocabularies,
+/// TensorBoard events.
+class RunFolder {
+ public:
+  /// Makes the folder. Throws Error when it already holds a run (unless `resume`).
+  static RunFolder create(const std::filesystem::path& path, bool resume);
+  /// Opens an existing run for reading. Throws Error naming what is missing.
+  static RunFolder open(const std::filesystem::path& path);
+  const std::filesystem::path& path() const { return path_; }
+  void write_json(const std::string& name, const nlohmann::ordered_json& value) const;
+  nlohmann::ordered_json read_json(const std::string& name) const;
+  /// One object a line. `step` decides what is dropped on resume: drop_metrics_after(step).
+  void append_metrics(const nlohmann::ordered_json& line) const;
+  void drop_metrics_after(int64_t step) const;
+
+ private:
+  std::filesystem::path path_;
+};
+
+/// A checkpoint is a directory swapped in whole: the files are written beside it, synced, renamed.
+/// `write` receives the temporary directory. An interrupted save leaves the previous one in place.
+void replace_directory_atomically(const std::filesystem::path& directory,
+                                  const std::function<void(const std::filesystem::path&)>& write);
+
+/// TensorBoard event file (TFRecord with masked CRC-32C, hand-encoded protobuf): scalars only.
+class EventWriter {
+ public:
+  explicit EventWriter(const std::filesystem::path& directory);
+  ~EventWriter();
+  void scalar(const std::string& tag, double value, int64_t step);
+  void flush();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+/// Set by SIGINT or SIGTERM; a second signal ends the process at once.
+class Interrupt {
+ public:
+  Interrupt();   ///< installs the handlers
+  ~Interrupt();  ///< restores the previous ones
+  static bool requested();
+  static int exit_code();  ///< 130 or 143
+};
+
+/// A line that is redrawn on a terminal and a plain line now and then elsewhere (or with NO_COLOR /
+/// TERM=dumb: no colour, no redraw). Writes to standard error.
+class Progress {
+ public:
+  Progress(std::string label, int64_t total_steps, bool quiet = false);
+  ~Progress();
+  /// `fields` such as {"loss 3.21", "12.3k tokens/s", "kept 45.1 MB"}; time left is added.
+  void update(int64_t step, const std::vector<std::string>& fields);
+  /// Clears the redrawn line, so that other output can be printed.
+  void clear();
+
+ private:
+  std::string label_;
+  int64_t total_, first_step_ = -1;
+  bool quiet_, terminal_;
+  std::chrono::steady_clock::time_point start_, last_draw_;
+};
+
+std::string format_bytes(int64_t bytes);       ///< "45.1 MB" (powers of 1000)
+std::string format_duration(double seconds);   ///< "3 min 20 s"
+
+}  // namespace remnant::app

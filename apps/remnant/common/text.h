@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+namespace remnant::app {
+
+/// Lines of a plain or gzip file (recognised by content, not by name). A UTF-8 byte-order mark and
+/// "\r\n" are removed. Throws Error: missing or unreadable file, truncated gzip, invalid UTF-8 (with
+/// the line number).
+std::vector<std::string> read_lines(const std::filesystem::path& file);
+
+struct ParallelText {
+  std::vector<std::string> source, target;  ///< aligned sentences
+  int64_t skipped_empty = 0;                ///< pairs dropped because a side had no word
+};
+
+/// Reads `DIR/SPLIT.LANG` or `.gz` for both languages (`train`, `val`, `test_2016_flickr`; "test" is
+/// found by the prefix `test` when it is unambiguous, `val` also as `valid` or `dev`). Throws Error
+/// with one sentence on missing files (lists what is there), unequal line counts, an empty corpus.
+ParallelText read_parallel(const std::filesystem::path& dir, const std::string& split,
+                           const std::string& source_language, const std::string& target_language);
+
+/// Lower-cased words and punctuation marks of a sentence, by ICU's word boundaries.
+/// `locale` such as "de" or "en" (used for lower-casing and word boundaries).
+std::vector<std::string> tokenize(std::string_view sentence, const std::string& locale);
+
+/// Joins words to readable text: no space before ".,!?;:)" and so on, quotes and apostrophes
+/// attached, first letter as given.
+std::string detokenize(const std::vector<std::string>& words);
+
+/// Words to numbers. Ids 0..3 are <unk>, <pad>, <s>, </s>.
+class Vocabulary {
+ public:
+  static constexpr int64_t unknown = 0, padding = 1, begin = 2, end = 3;
+  Vocabulary() = default;
+  /// Words seen at least `min_frequency` times, most frequent first, ties in byte order.
+  static Vocabulary build(const std::vector<std::vector<std::string>>& sentences, int64_t min_frequency);
+  int64_t size() const { return static_cast<int64_t>(words_.size()); }
+  int64_t id(const std::string& word) const;  ///< `unknown` when absent
+  const std::string& word(int64_t id) const;  ///< throws Error when out of range
+  /// <s> words </s>
+  std::vector<int64_t> encode(const std::vector<std::string>& words) const;
+  /// Up to the first </s>; special symbols left out, <unk> kept as written.
+  std::vector<std::string> decode(const std::vector<int64_t>& ids) const;
+  /// One word a line, UTF-8, written atomically.
+  void save(const std::filesystem::path& file) const;
+  static Vocabulary load(const std::filesystem::path& file);
+  bool operator==(const Vocabulary&) const;
+
+ private:
+  std::vector<std::string> words_;
+  std::unordered_map<std::string, int64_t> ids_;
+};
+
+}  // namespace remnant::app

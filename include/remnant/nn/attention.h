@@ -1,0 +1,76 @@
+#pragma once
+
+#include <remnant/export.h>
+#include <remnant/policy.h>
+
+#include <torch/nn/cloneable.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/nn/pimpl.h>
+
+#include <optional>
+#include <tuple>
+
+namespace remnant::nn {
+
+struct REMNANT_API MultiheadAttentionOptions {
+  MultiheadAttentionOptions(int64_t embed_dim, int64_t num_heads)
+      : embed_dim_(embed_dim), num_heads_(num_heads) {}
+  TORCH_ARG(int64_t, embed_dim);
+  TORCH_ARG(int64_t, num_heads);
+  TORCH_ARG(double, dropout) = 0.0;
+  TORCH_ARG(bool, bias) = true;
+  TORCH_ARG(bool, add_bias_kv) = false;
+  TORCH_ARG(bool, add_zero_attn) = false;
+  /// 0: the same as embed_dim.
+  TORCH_ARG(int64_t, kdim) = 0;
+  TORCH_ARG(int64_t, vdim) = 0;
+  TORCH_ARG(bool, batch_first) = false;
+  /// What the attention op keeps for backward.
+  TORCH_ARG(Policy, policy) = Policy::recompute();
+};
+
+/// Keys and values of earlier positions, for decoding one position at a time: [B, H, n, D].
+struct REMNANT_API KeyValueCache {
+  at::Tensor key, value;
+};
+
+/// torch.nn.MultiheadAttention with its parameter names, defaults and mask conventions (boolean
+/// masks: true = do NOT attend), and a policy for what its softmax keeps.
+class REMNANT_API MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImpl> {
+ public:
+  MultiheadAttentionImpl(int64_t embed_dim, int64_t num_heads)
+      : MultiheadAttentionImpl(MultiheadAttentionOptions(embed_dim, num_heads)) {}
+  explicit MultiheadAttentionImpl(const MultiheadAttentionOptions& options);
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  /// query [Nq, B, E] (or [B, Nq, E] with batch_first, or unbatched [Nq, E]); key_padding_mask
+  /// [B, Nk]; attn_mask [Nq, Nk] or [B * num_heads, Nq, Nk]; masks boolean (true = not attended) or
+  /// floating point (added). Returns the output and, with need_weights, the weights (averaged over
+  /// heads when average_attn_weights: [B, Nq, Nk], else [B, H, Nq, Nk]); an undefined tensor otherwise.
+  /// is_causal applies a causal mask without materialising it, together with any attn_mask.
+  std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
+                                             const at::Tensor& value,
+                                             const at::Tensor& key_padding_mask = {},
+                                             bool need_weights = true,
+                                             const at::Tensor& attn_mask = {},
+                                             bool average_attn_weights = true,
+                                             bool is_causal = false);
+
+  /// Decoding. Appends the keys and values of `query`'s positions to `cache` and attends all of it
+  /// (self-attention: every cached position is in the past). query [B, 1, E] -> [B, 1, E].
+  at::Tensor forward_self_cached(const at::Tensor& query, KeyValueCache& cache);
+  /// Decoding. Fills `cache` from `memory` [B, Nk, E] when it is empty, then attends it.
+  /// key_padding_mask [B, Nk] as in forward.
+  at::Tensor forward_cross_cached(const at::Tensor& query, const at::Tensor& memory,
+                                  const at::Tensor& key_padding_mask, KeyValueCache& cache);
+
+  MultiheadAttentionOptions options;
+  at::Tensor in_proj_weight, in_proj_bias;                    // packed, when kdim == vdim == embed_dim
+  at::Tensor q_proj_weight, k_proj_weight, v_proj_weight;     // otherwise
+  at::Tensor bias_k, bias_v;
+  torch::nn::Linear out_proj = nullptr;                       // "out_proj.weight", "out_proj.bias"
+};
+TORCH_MODULE(MultiheadAttention);
+
+}  // namespace remnant::nn

@@ -1,0 +1,78 @@
+#pragma once
+
+#include <remnant/nn/attention.h>
+
+#include <torch/nn/modules/dropout.h>
+#include <torch/nn/modules/normalization.h>
+
+namespace remnant::nn {
+
+enum class Activation { relu, gelu };
+
+/// Options of both layers; defaults are PyTorch's.
+struct REMNANT_API TransformerLayerOptions {
+  TransformerLayerOptions(int64_t d_model, int64_t nhead) : d_model_(d_model), nhead_(nhead) {}
+  TORCH_ARG(int64_t, d_model);
+  TORCH_ARG(int64_t, nhead);
+  TORCH_ARG(int64_t, dim_feedforward) = 2048;
+  TORCH_ARG(double, dropout) = 0.1;
+  TORCH_ARG(Activation, activation) = Activation::relu;
+  TORCH_ARG(double, layer_norm_eps) = 1e-5;
+  TORCH_ARG(bool, batch_first) = false;
+  TORCH_ARG(bool, norm_first) = false;
+  TORCH_ARG(bool, bias) = true;
+  /// What the attention ops keep for backward.
+  TORCH_ARG(Policy, policy) = Policy::recompute();
+};
+
+/// torch.nn.TransformerEncoderLayer: parameters self_attn.*, linear1.*, linear2.*, norm1.*, norm2.*.
+class REMNANT_API TransformerEncoderLayerImpl
+    : public torch::nn::Cloneable<TransformerEncoderLayerImpl> {
+ public:
+  TransformerEncoderLayerImpl(int64_t d_model, int64_t nhead)
+      : TransformerEncoderLayerImpl(TransformerLayerOptions(d_model, nhead)) {}
+  explicit TransformerEncoderLayerImpl(const TransformerLayerOptions& options);
+  void reset() override;
+  /// src [S, B, E] ([B, S, E] with batch_first); masks as in MultiheadAttention. Same shape out.
+  at::Tensor forward(const at::Tensor& src, const at::Tensor& src_mask = {},
+                     const at::Tensor& src_key_padding_mask = {}, bool is_causal = false);
+
+  TransformerLayerOptions options;
+  MultiheadAttention self_attn = nullptr;
+  torch::nn::Linear linear1 = nullptr, linear2 = nullptr;
+  torch::nn::LayerNorm norm1 = nullptr, norm2 = nullptr;
+  torch::nn::Dropout dropout = nullptr, dropout1 = nullptr, dropout2 = nullptr;
+};
+TORCH_MODULE(TransformerEncoderLayer);
+
+/// A decoder layer's caches: what it attends of the target so far and of the memory.
+struct REMNANT_API DecoderCache {
+  KeyValueCache self, cross;
+};
+
+/// torch.nn.TransformerDecoderLayer: self_attn.*, multihead_attn.*, linear1.*, linear2.*, norm1..3.*.
+class REMNANT_API TransformerDecoderLayerImpl
+    : public torch::nn::Cloneable<TransformerDecoderLayerImpl> {
+ public:
+  TransformerDecoderLayerImpl(int64_t d_model, int64_t nhead)
+      : TransformerDecoderLayerImpl(TransformerLayerOptions(d_model, nhead)) {}
+  explicit TransformerDecoderLayerImpl(const TransformerLayerOptions& options);
+  void reset() override;
+  at::Tensor forward(const at::Tensor& tgt, const at::Tensor& memory, const at::Tensor& tgt_mask = {},
+                     const at::Tensor& memory_mask = {},
+                     const at::Tensor& tgt_key_padding_mask = {},
+                     const at::Tensor& memory_key_padding_mask = {}, bool tgt_is_causal = false,
+                     bool memory_is_causal = false);
+  /// Decoding: one new position tgt [B, 1, E] given the cached past; batch first. [B, 1, E] out.
+  at::Tensor forward_cached(const at::Tensor& tgt, const at::Tensor& memory,
+                            const at::Tensor& memory_key_padding_mask, DecoderCache& cache);
+
+  TransformerLayerOptions options;
+  MultiheadAttention self_attn = nullptr, multihead_attn = nullptr;
+  torch::nn::Linear linear1 = nullptr, linear2 = nullptr;
+  torch::nn::LayerNorm norm1 = nullptr, norm2 = nullptr, norm3 = nullptr;
+  torch::nn::Dropout dropout = nullptr, dropout1 = nullptr, dropout2 = nullptr, dropout3 = nullptr;
+};
+TORCH_MODULE(TransformerDecoderLayer);
+
+}  // namespace remnant::nn

@@ -1,0 +1,63 @@
+#pragma once
+
+#include <remnant/export.h>
+#include <remnant/policy.h>
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+namespace remnant {
+
+struct AttentionOptions {
+  /// Boolean (true = attend) or floating point (added to the scores; a gradient flows to it),
+  /// broadcastable to [B, H, Nq, Nk]. Never expanded in memory.
+  std::optional<at::Tensor> mask = std::nullopt;
+  /// Query i attends keys j <= i (aligned top left, as in PyTorch).
+  bool causal = false;
+  /// Probability of dropping an element of the softmax output, in [0, 1).
+  double dropout = 0.0;
+  /// Multiplies q k^T; 1 / sqrt(D) when absent.
+  std::optional<double> scale = std::nullopt;
+  /// What is kept for the backward pass.
+  Policy policy = {};
+  /// (left, right): query i attends keys i - left <= j <= i + right; -1 means no bound on a side.
+  std::optional<std::pair<int64_t, int64_t>> window = std::nullopt;
+  /// Source of the dropout and rounding seeds; the device's default generator when absent.
+  std::optional<at::Generator> generator = std::nullopt;
+};
+
+/// softmax(scale * query key^T + mask), dropout, times value, as one op that owns the softmax and
+/// therefore need not keep it.
+///
+/// query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv]; Hkv divides H (grouped-query
+/// heads). float32, float64, bfloat16 or float16, one dtype for the three, any strides; sums are
+/// accumulated in float32 (float64 for float64). Returns [B, H, Nq, Dv] in the same dtype. A row
+/// with no key to attend gives 0 and gradient 0; NaN and Inf in an input reach output and gradient.
+///
+/// Saves for backward: query, key, value, the output, and per row what the policy keeps
+/// (attention_residual_bytes), all through save_for_backward; dropout is regenerated from a 16-byte
+/// seed. Nothing under no_grad or when no input needs a gradient.
+/// Backward: with g = dL/do and delta_i = g_i . o_i, dz = p (D (g v^T) - delta).
+/// Double backward: only policy `exact`; others raise an error that says so.
+/// Throws c10::Error, naming the argument, what was expected and what was got.
+REMNANT_API at::Tensor attention(const at::Tensor& query, const at::Tensor& key,
+                                 const at::Tensor& value, const AttentionOptions& options = {});
+
+/// The same, and the attention weights before dropout, [B, H, Nq, Nk], detached; computed in row
+/// blocks and not kept for backward.
+REMNANT_API std::tuple<at::Tensor, at::Tensor> attention_with_weights(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const AttentionOptions& options = {});
+
+/// Bytes that `attention` keeps for backward beyond query, key, value, output and mask: the closed
+/// form that the tests hold against measurement. rows = B * H * Nq, keys = Nk;
+/// element_bytes: size of one element of the input dtype. With dropout or rounding 16 bytes of seed are added.
+REMNANT_API int64_t attention_residual_bytes(const Policy& policy, int64_t rows, int64_t keys,
+                                             int64_t element_bytes, bool dropout);
+
+}  // namespace remnant
