@@ -1,0 +1,133 @@
+#include <remnant/policy.h>
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <charconv>
+#include <numeric>
+#include <vector>
+
+namespace remnant {
+
+namespace {
+
+constexpr const char* kForms = "exact, recompute, curve:m=4, curve:m=4,paper_text, quantized:bits=4";
+
+int64_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<int64_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), 0);
+  for (size_t i = 1; i <= a.size(); ++i) {
+    int64_t diagonal = row[0];
+    row[0] = static_cast<int64_t>(i);
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const int64_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, replaced});
+    }
+  }
+  return row[b.size()];
+}
+
+std::string suggestion(std::string_view word, const std::vector<std::string>& names) {
+  const auto best = std::min_element(names.begin(), names.end(), [&](const auto& a, const auto& b) {
+    return edit_distance(word, a) < edit_distance(word, b);
+  });
+  if (best == names.end() || edit_distance(word, *best) > static_cast<int64_t>(best->size() + 1) / 2) {
+    return "";
+  }
+  return " (did you mean '" + *best + "'?)";
+}
+
+int64_t parse_integer(std::string_view text, std::string_view policy, std::string_view name) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  TORCH_CHECK(error == std::errc() && end == text.data() + text.size(), "policy '", policy, "': parameter ",
+              name, " must be a whole number, got '", text, "'");
+  return value;
+}
+
+}  // namespace
+
+Policy Policy::exact() {
+  Policy policy;
+  policy.kind = PolicyKind::exact;
+  return policy;
+}
+
+Policy Policy::recompute() { return {}; }
+
+Policy Policy::curve(int64_t m, bool paper_text) {
+  TORCH_CHECK(m >= 1, "policy curve: m must be at least 1, got ", m);
+  Policy policy;
+  policy.kind = PolicyKind::curve;
+  policy.m = m;
+  policy.paper_text = paper_text;
+  return policy;
+}
+
+Policy Policy::quantized(int64_t bits) {
+  TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "policy quantized: bits must be 2, 4 or 8, got ", bits);
+  Policy policy;
+  policy.kind = PolicyKind::quantized;
+  policy.bits = bits;
+  return policy;
+}
+
+Policy Policy::parse(std::string_view text) {
+  const auto colon = text.find(':');
+  const std::string name(text.substr(0, colon));
+  const std::vector<std::string> names{"exact", "recompute", "curve", "quantized"};
+  TORCH_CHECK(std::find(names.begin(), names.end(), name) != names.end(), "unknown attention policy '", text,
+              "'", suggestion(name, names), "; policies are written ", kForms);
+  int64_t m = Policy{}.m;
+  int64_t bits = Policy{}.bits;
+  bool paper_text = false;
+  std::vector<std::string> allowed;
+  if (name == "curve") {
+    allowed = {"m", "paper_text"};
+  } else if (name == "quantized") {
+    allowed = {"bits"};
+  }
+  std::string_view rest = colon == std::string_view::npos ? std::string_view{} : text.substr(colon + 1);
+  TORCH_CHECK(colon == std::string_view::npos || !rest.empty(), "policy '", text, "': nothing after ':'");
+  while (!rest.empty()) {
+    const auto comma = rest.find(',');
+    const std::string_view item = rest.substr(0, comma);
+    const auto equals = item.find('=');
+    const std::string key(item.substr(0, equals));
+    TORCH_CHECK(std::find(allowed.begin(), allowed.end(), key) != allowed.end(), "policy '", text,
+                "': unknown parameter '", key, "'", suggestion(key, allowed), "; policies are written ",
+                kForms);
+    const bool has_value = equals != std::string_view::npos;
+    if (key == "paper_text") {
+      TORCH_CHECK(!has_value, "policy '", text, "': paper_text takes no value");
+      paper_text = true;
+    } else {
+      TORCH_CHECK(has_value, "policy '", text, "': parameter ", key, " needs a value, as in ", key, "=4");
+      (key == "m" ? m : bits) = parse_integer(item.substr(equals + 1), text, key);
+    }
+    TORCH_CHECK(comma == std::string_view::npos || comma + 1 < rest.size(), "policy '", text,
+                "': nothing after ','");
+    rest = comma == std::string_view::npos ? std::string_view{} : rest.substr(comma + 1);
+  }
+  if (name == "exact") return exact();
+  if (name == "recompute") return recompute();
+  if (name == "curve") return curve(m, paper_text);
+  return quantized(bits);
+}
+
+std::string Policy::str() const {
+  switch (kind) {
+    case PolicyKind::exact:
+      return "exact";
+    case PolicyKind::recompute:
+      return "recompute";
+    case PolicyKind::curve:
+      return "curve:m=" + std::to_string(m) + (paper_text ? ",paper_text" : "");
+    case PolicyKind::quantized:
+      return "quantized:bits=" + std::to_string(bits);
+  }
+  return "";
+}
+
+}  // namespace remnant

@@ -1,0 +1,49 @@
+// Every operator's schema, in one place. Residuals are extra outputs of a forward op; what a policy
+// does not use has shape [0].
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(remnant, m) {
+  const std::vector<at::Tag> random{at::Tag::nondeterministic_seeded, at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> plain{at::Tag::pt2_compliant_tag};
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool causal=False, float "
+      "dropout=0.0, "
+      "float? scale=None, str policy='recompute', int[]? window=None, Generator? generator=None) -> Tensor",
+      random);
+  m.def(
+      "attention_with_weights(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool causal=False, "
+      "float dropout=0.0, float? scale=None, str policy='recompute', int[]? window=None, "
+      "Generator? generator=None) -> (Tensor, Tensor)",
+      random);
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float dropout, "
+      "float scale, str policy, int[] window, bool keep, Generator? generator=None) -> (Tensor output, "
+      "Tensor lse, "
+      "Tensor probabilities, Tensor codes, Tensor table, Tensor seed)",
+      random);
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor? query, Tensor? key, Tensor? value, Tensor? mask, "
+      "Tensor? output, Tensor lse, Tensor probabilities, Tensor codes, Tensor table, Tensor seed, "
+      "SymInt kv_heads, SymInt keys, bool causal, float dropout, float scale, str policy, int[] window, "
+      "bool[4] needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
+      plain);
+  m.def(
+      "attention_weights(Tensor query, Tensor key, Tensor? mask, bool causal, float scale, int[] window) -> "
+      "Tensor",
+      plain);
+  m.def("attention_residual_bytes(str policy, int rows, int keys, int element_bytes, bool dropout) -> int",
+        plain);
+  m.def("softmax_approximation(Tensor energy, Tensor? mask=None, int m=5, bool paper_text=False) -> Tensor",
+        plain);
+  m.def(
+      "softmax_approximation_forward(Tensor energy, Tensor? mask, int m, bool keep) -> (Tensor output, "
+      "Tensor codes, Tensor table)",
+      plain);
+  m.def(
+      "softmax_approximation_backward(Tensor grad_output, Tensor codes, Tensor table, int m, bool "
+      "paper_text) "
+      "-> Tensor",
+      plain);
+  m.def("softmax_input_from_output(Tensor output, Tensor lse) -> Tensor", plain);
+}

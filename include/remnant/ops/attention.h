@@ -45,18 +45,20 @@ struct AttentionOptions {
 /// Backward: with g = dL/do and delta_i = g_i . o_i, dz = p (D (g v^T) - delta).
 /// Double backward: only policy `exact`; others raise an error that says so.
 /// Throws c10::Error, naming the argument, what was expected and what was got.
-REMNANT_API at::Tensor attention(const at::Tensor& query, const at::Tensor& key,
-                                 const at::Tensor& value, const AttentionOptions& options = {});
+REMNANT_API at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                 const AttentionOptions& options = {});
 
 /// The same, and the attention weights before dropout, [B, H, Nq, Nk], detached; computed in row
 /// blocks and not kept for backward.
-REMNANT_API std::tuple<at::Tensor, at::Tensor> attention_with_weights(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const AttentionOptions& options = {});
+REMNANT_API std::tuple<at::Tensor, at::Tensor> attention_with_weights(const at::Tensor& query,
+                                                                      const at::Tensor& key,
+                                                                      const at::Tensor& value,
+                                                                      const AttentionOptions& options = {});
 
 /// Bytes that `attention` keeps for backward beyond query, key, value, output and mask: the closed
 /// form that the tests hold against measurement. rows = B * H * Nq, keys = Nk;
-/// element_bytes: size of one element of the input dtype. With dropout or rounding 16 bytes of seed are added.
+/// element_bytes: size of one element of the input dtype. With dropout or rounding 16 bytes of seed are
+/// added.
 REMNANT_API int64_t attention_residual_bytes(const Policy& policy, int64_t rows, int64_t keys,
                                              int64_t element_bytes, bool dropout);
 

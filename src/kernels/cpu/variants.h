@@ -1,0 +1,26 @@
+#pragma once
+
+#include "kernels/cpu/attention_kernels.h"
+
+// What each instruction set's copy of the kernel sources defines.
+#define REMNANT_DECLARE_KERNELS(variant)                                                                   \
+  namespace remnant::kernels::variant {                                                                    \
+  template <typename T>                                                                                    \
+  void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_t end, void* scratch);   \
+  template <typename T>                                                                                    \
+  void attention_backward(const AttentionBackward<T>& problem, int64_t begin, int64_t end, void* scratch); \
+  template <typename T>                                                                                    \
+  void curve_encode(const CurveRows<T>& rows, int64_t begin, int64_t end, void* scratch);                  \
+  template <typename T>                                                                                    \
+  void curve_decode(const CurveRows<T>& rows, int64_t begin, int64_t end, void* scratch);                  \
+  void dropout_bits(const Seed& seed, uint32_t head, int64_t row, int64_t rows, int64_t block,             \
+                    int64_t blocks, uint16_t* out);                                                        \
+  }
+
+REMNANT_DECLARE_KERNELS(portable)
+#ifdef REMNANT_HAVE_AVX2
+REMNANT_DECLARE_KERNELS(avx2)
+#endif
+#ifdef REMNANT_HAVE_AVX512
+REMNANT_DECLARE_KERNELS(avx512)
+#endif

@@ -1,0 +1,101 @@
+#pragma once
+
+#include <remnant/policy.h>
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+/// What the attention op's layers share: its residuals, its checks and its two backends.
+namespace remnant::ops {
+
+/// What the forward hands to the backward. Tensors that the policy does not use have shape [0].
+struct AttentionResiduals {
+  at::Tensor lse;            ///< recompute: [B, H, Nq], accumulation dtype
+  at::Tensor probabilities;  ///< exact: [B, H, Nq, Nk], input dtype, before dropout
+  at::Tensor codes;          ///< curve: packed ranks; quantized: packed codes. uint8 [B, H, Nq, bytes]
+  at::Tensor table;          ///< curve: [B, H, Nq, min(2m, Nk) + 2]; quantized: row maxima [B, H, Nq, 1]
+  at::Tensor seed;           ///< int64 [2], when dropout needs it again
+};
+
+/// A call's arguments after checks: mask is 4-D and unexpanded, causal is folded into the window.
+struct AttentionCall {
+  std::optional<at::Tensor> mask;
+  int64_t left = -1, right = -1;
+  double dropout = 0, scale = 1;
+  Policy policy;
+};
+
+using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+/// Throws one sentence for every mistake in shapes, dtypes, devices and numbers. Works on symbolic shapes.
+void check_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                     const std::optional<at::Tensor>& mask, double dropout, at::IntArrayRef window);
+
+AttentionCall make_call(const std::optional<at::Tensor>& mask, bool causal, double dropout, double scale,
+                        const std::string& policy, at::IntArrayRef window);
+
+/// float for half types, else the type itself.
+at::ScalarType accumulation_type(at::ScalarType type);
+
+/// [B, H, N, D] laid out as [B, N, H, D], so that heads merge again without a copy.
+at::Tensor empty_heads(c10::SymInt batch, c10::SymInt heads, c10::SymInt rows, c10::SymInt dim,
+                       const at::TensorOptions& options);
+
+/// Allocates what the policy keeps, with the layout documented in AttentionResiduals.
+AttentionResiduals empty_residuals(const at::Tensor& query, const at::Tensor& key, const AttentionCall& call,
+                                   bool keep);
+
+/// Two random int64 on the tensor's device from its generator.
+at::Tensor draw_seed(const at::Tensor& like, const std::optional<at::Generator>& generator);
+
+struct BackwardInputs {
+  at::Tensor grad_output, query, key, value, output;  // query, key, value, output: undefined when not needed
+  AttentionResiduals kept;
+  int64_t kv_heads = 0, keys = 0;
+  std::array<bool, 4> needs{};  // query, key, value, mask
+};
+
+/// Any device, blocks of query rows, ATen operations only.
+at::Tensor composite_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                             const AttentionCall& call, const at::Tensor& seed,
+                             AttentionResiduals& residuals);
+BackwardResult composite_backward(const BackwardInputs& inputs, const AttentionCall& call);
+/// Policy exact keeps its n x n softmax output, so its forward and backward are plain ATen on every device.
+at::Tensor exact_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                         const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals);
+BackwardResult exact_backward(const BackwardInputs& inputs, const AttentionCall& call);
+/// The gradient written in differentiable operations, for a gradient of the gradient.
+BackwardResult exact_backward_differentiable(const BackwardInputs& inputs, const AttentionCall& call);
+/// Softmax weights before dropout, [B, H, Nq, Nk], in blocks.
+at::Tensor composite_weights(const at::Tensor& query, const at::Tensor& key, const AttentionCall& call);
+
+/// The CPU's fused kernels.
+at::Tensor cpu_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                       const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals);
+BackwardResult cpu_backward(const BackwardInputs& inputs, const AttentionCall& call);
+
+/// Multiplies rows [first, first + rows) of [B, H, rows, Nk] by the dropout mask of `seed`, in place.
+void apply_dropout_(at::Tensor block, const at::Tensor& seed, double dropout, int64_t first);
+/// The mask itself: 0 or 1 / (1 - realised rate), [B, H, rows, keys].
+at::Tensor dropout_mask(const at::Tensor& seed, double dropout, int64_t batch, int64_t heads, int64_t first,
+                        int64_t rows, int64_t keys, const at::TensorOptions& options);
+/// 32-bit words (as int64) of a stream for [heads, rows, columns] elements; `columns_per_block` 4.
+at::Tensor random_words(const at::Tensor& seed, uint32_t stream, int64_t heads, int64_t first, int64_t rows,
+                        int64_t blocks);
+
+/// Codes and curves in ATen operations; p and z are [..., n] in the accumulation type.
+std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& p, int64_t bits, const at::Tensor& random);
+at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& highest, int64_t bits, int64_t keys);
+std::tuple<at::Tensor, at::Tensor> curve_encode(const at::Tensor& z, const at::Tensor& p, int64_t m);
+at::Tensor curve_decode(const at::Tensor& codes, const at::Tensor& table, int64_t keys, int64_t m,
+                        bool paper_text);
+
+}  // namespace remnant::ops
