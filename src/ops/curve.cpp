@@ -68,7 +68,7 @@ std::tuple<at::Tensor, at::Tensor> curve_encode(const at::Tensor& z, const at::T
     const at::Tensor fall = sorted_z.narrow(-1, m - 1, 1).sub(at_rank(sorted_z, valid.sub(m)));
     const at::Tensor rest = highest.neg().add_(1).clamp_min_(1.0 / 16777216.0);
     const at::Tensor slope = highest.sub(sorted_p.narrow(-1, m, 1)).mul_(2);
-    beta = at::where(few, beta, fall.add(slope).div(count.mul(rest)));
+    beta = at::where(few, beta, fall.add(slope).div(count.mul(rest)).clamp_max_(1e30));
   }
   return {pack(ranks, keys), at::cat({table, beta, valid.to(type)}, -1)};
 }
@@ -88,14 +88,15 @@ at::Tensor curve_decode(const at::Tensor& codes, const at::Tensor& table, int64_
   if (2 * m < keys) {
     const at::Tensor alpha = values.narrow(-1, m - 1, 1);
     const at::Tensor middle = few.logical_not().logical_and(rank.ge(m)).logical_and(rank.lt(end));
-    at::Tensor curve = alpha.mul(beta.neg().mul(rank.sub(m - 1).to(type)).exp());
+    // Relative to its first element, so that the sum that rescales it never underflows.
+    at::Tensor curve = beta.neg().mul(rank.sub(m).to(type)).exp();
     if (paper_text) {
+      curve = curve.mul(alpha.mul(beta.neg().exp()));
       by_rank = at::where(few.logical_not().logical_and(rank.eq(end)), curve, by_rank);
     } else {
+      curve = at::where(alpha.eq(0), curve.new_ones({}), curve);
       const at::Tensor sum = curve.masked_fill(middle.logical_not(), 0).sum(-1, true);
-      const at::Tensor target = values.sum(-1, true).neg().add_(1).clamp_min_(0);
-      const at::Tensor flat = target.div(valid.sub(2 * m).clamp_min(1).to(type));
-      curve = at::where(sum.le(0), flat, curve.mul(target.div(sum)));
+      curve = curve.mul(values.sum(-1, true).neg().add_(1).clamp_min_(0).div(sum));
     }
     by_rank = at::where(middle, curve, by_rank);
   }

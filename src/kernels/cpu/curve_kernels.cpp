@@ -25,7 +25,7 @@ void curve_encode(const CurveRows<T>& rows, int64_t begin, int64_t end, void* me
     const T inverse = sum == 0 ? T(0) : T(1) / sum;
 #pragma omp simd
     for (int64_t j = 0; j < rows.keys; ++j) p[j] *= inverse;
-    if (rows.codes != nullptr) {
+    if (rows.table != nullptr) {  // codes may be null: a single key has a rank of no bits
       curve_encode_row(z, p, rows.keys, rows.m, rows.codes + i * code_bytes, rows.table + i * width, scratch);
     }
   }

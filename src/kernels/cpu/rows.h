@@ -316,6 +316,7 @@ void curve_encode_row(const T* z, const T* p, int64_t keys, int64_t m, uint8_t* 
     // ln(h_m / l_m) from the logits: l_m itself may have underflowed.
     const T fall = z[order[m - 1]] - z[order[valid - m]];
     beta = (fall + T(2) * (highest - p[order[m]])) / (count * (rest < floor ? floor : rest));
+    beta = beta > T(1e30) ? T(1e30) : beta;  // finite, so that beta * 0 is 0
   }
   table[slots] = beta;
   table[slots + 1] = static_cast<T>(valid);
@@ -340,27 +341,28 @@ void curve_decode_row(const uint8_t* codes, const T* table, int64_t keys, int64_
       by_rank[middle_end + r] = table[m + r];
       kept += table[r] + table[m + r];
     }
+    // Relative to its first element, so that the sum that rescales it never underflows.
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t r = m; r < middle_end; ++r) {
-      const T value = alpha * exponential(-beta * static_cast<T>(static_cast<int32_t>(r - m + 1)));
+      const T value = exponential(-beta * static_cast<T>(static_cast<int32_t>(r - m)));
       by_rank[r] = value;
       sum += value;
     }
+    T factor = alpha * exponential(-beta);
     if (paper_text) {
       by_rank[middle_end] = alpha * exponential(-beta * static_cast<T>(middle_end - m + 1));
     } else {
       const T missing = T(1) - kept;
-      const T target = missing < 0 ? T(0) : missing;
-      if (sum <= 0) {
-        const T flat = target / static_cast<T>(middle_end - m);
-        for (int64_t r = m; r < middle_end; ++r) by_rank[r] = flat;
-      } else {
-        const T factor = target / sum;
-#pragma omp simd
-        for (int64_t r = m; r < middle_end; ++r) by_rank[r] *= factor;
+      factor = (missing < 0 ? T(0) : missing) / sum;
+      // h_m itself is 0: no curve to follow, the rest is spread evenly.
+      if (alpha == 0) {
+        for (int64_t r = m; r < middle_end; ++r) by_rank[r] = 1;
+        factor = (missing < 0 ? T(0) : missing) / static_cast<T>(middle_end - m);
       }
     }
+#pragma omp simd
+    for (int64_t r = m; r < middle_end; ++r) by_rank[r] *= factor;
   }
   unpack_ranks(codes, keys, rank_bits(keys), scratch.ranks);
   for (int64_t j = 0; j < keys; ++j) p[j] = by_rank[scratch.ranks[j]];
