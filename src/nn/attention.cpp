@@ -1,0 +1,357 @@
+#include <remnant/memory.h>
+#include <remnant/nn/attention.h>
+#include <remnant/ops/attention.h>
+#include <torch/nn/init.h>
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/logical_not.h>
+#include <ATen/ops/logical_or.h>
+#include <ATen/ops/masked_fill.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+
+#include <limits>
+#include <ostream>
+#include <utility>
+#include <vector>
+
+namespace remnant::nn {
+namespace {
+
+using at::Tensor;
+
+constexpr const char* kName = "remnant::nn::MultiheadAttention: ";
+
+int64_t key_dim(const MultiheadAttentionOptions& options) {
+  return options.kdim() > 0 ? options.kdim() : options.embed_dim();
+}
+
+int64_t value_dim(const MultiheadAttentionOptions& options) {
+  return options.vdim() > 0 ? options.vdim() : options.embed_dim();
+}
+
+bool is_packed(const MultiheadAttentionOptions& options) {
+  return key_dim(options) == options.embed_dim() && value_dim(options) == options.embed_dim();
+}
+
+void check_options(const MultiheadAttentionOptions& options) {
+  TORCH_CHECK(options.embed_dim() > 0 && options.num_heads() > 0, kName,
+              "embed_dim and num_heads should be positive, got embed_dim = ", options.embed_dim(),
+              " and num_heads = ", options.num_heads());
+  TORCH_CHECK(options.embed_dim() % options.num_heads() == 0, kName,
+              "embed_dim should be a multiple of num_heads, got embed_dim = ", options.embed_dim(),
+              " and num_heads = ", options.num_heads());
+  TORCH_CHECK(options.kdim() >= 0 && options.vdim() >= 0, kName,
+              "kdim and vdim should be positive, or 0 for embed_dim, got kdim = ", options.kdim(),
+              " and vdim = ", options.vdim());
+  TORCH_CHECK(options.dropout() >= 0.0 && options.dropout() < 1.0, kName, "dropout should be in [0, 1), got ",
+              options.dropout());
+}
+
+void check_last_dim(const Tensor& x, const char* argument, const char* dim, int64_t expected) {
+  TORCH_CHECK(x.size(-1) == expected, kName, argument, "'s last dimension should be ", dim, " = ", expected,
+              ", got shape ", x.sizes());
+}
+
+void check_inputs(const MultiheadAttentionOptions& options, const Tensor& query, const Tensor& key,
+                  const Tensor& value) {
+  const char* layout = options.batch_first() ? "[B, N, E]" : "[N, B, E]";
+  TORCH_CHECK(query.dim() == 2 || query.dim() == 3, kName, "query should be ", layout,
+              " or, unbatched, [N, E], got shape ", query.sizes());
+  TORCH_CHECK(key.dim() == query.dim() && value.dim() == query.dim(), kName,
+              "key and value should have as many dimensions as query, ", query.dim(), ", got shapes ",
+              key.sizes(), " and ", value.sizes());
+  check_last_dim(query, "query", "embed_dim", options.embed_dim());
+  check_last_dim(key, "key", "kdim", key_dim(options));
+  check_last_dim(value, "value", "vdim", value_dim(options));
+  TORCH_CHECK(key.sizes().slice(0, key.dim() - 1) == value.sizes().slice(0, value.dim() - 1), kName,
+              "key and value should agree in batch and length, got shapes ", key.sizes(), " and ",
+              value.sizes());
+  if (query.dim() == 3) {
+    const int64_t batch = options.batch_first() ? 0 : 1;
+    TORCH_CHECK(query.size(batch) == key.size(batch), kName,
+                "query and key should have the same batch size in the layout ", layout, ", got shapes ",
+                query.sizes(), " and ", key.sizes(),
+                "; set batch_first to match how the tensors are laid out");
+  }
+}
+
+void check_mask_dtype(const Tensor& mask, const char* argument) {
+  TORCH_CHECK(mask.scalar_type() == at::kBool || at::isFloatingType(mask.scalar_type()), kName, argument,
+              " should be boolean (true = not attended) or floating point (added to the scores), got ",
+              mask.scalar_type(), "; convert it with .to(at::kBool)");
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  return at::linear(x, weight, bias.defined() ? std::make_optional(bias) : std::nullopt);
+}
+
+/// [B, N, E] or [N, B, E] to [B, H, N, D], a view.
+Tensor split_heads(const Tensor& x, int64_t num_heads, bool batch_first) {
+  const Tensor heads = x.unflatten(-1, {num_heads, -1});
+  return batch_first ? heads.transpose(1, 2) : heads.permute({1, 2, 0, 3});
+}
+
+struct Heads {
+  Tensor query, key, value;
+};
+
+Tensor bias_part(const Tensor& in_proj_bias, int64_t first, int64_t count) {
+  if (!in_proj_bias.defined()) return {};
+  const int64_t embed_dim = in_proj_bias.size(0) / 3;
+  return in_proj_bias.narrow(0, first * embed_dim, count * embed_dim);
+}
+
+/// Rows `first` to `first + count` of the three stacked projections, applied in one product.
+std::vector<Tensor> project_packed(const MultiheadAttentionImpl& module, const Tensor& x, int64_t first,
+                                   int64_t count) {
+  if (count == 3) return linear(x, module.in_proj_weight, module.in_proj_bias).chunk(3, -1);
+  const int64_t embed_dim = module.options.embed_dim();
+  const Tensor weight = module.in_proj_weight.narrow(0, first * embed_dim, count * embed_dim);
+  return linear(x, weight, bias_part(module.in_proj_bias, first, count)).chunk(count, -1);
+}
+
+/// Inputs that are one tensor go through one product, as in PyTorch.
+Heads project(const MultiheadAttentionImpl& module, const Tensor& query, const Tensor& key,
+              const Tensor& value, bool batch_first) {
+  const bool shared_memory = key.is_same(value);
+  std::vector<Tensor> parts;
+  if (!module.in_proj_weight.defined()) {
+    parts = {linear(query, module.q_proj_weight, bias_part(module.in_proj_bias, 0, 1)),
+             linear(key, module.k_proj_weight, bias_part(module.in_proj_bias, 1, 1)),
+             linear(value, module.v_proj_weight, bias_part(module.in_proj_bias, 2, 1))};
+  } else if (shared_memory && query.is_same(key)) {
+    parts = project_packed(module, query, 0, 3);
+  } else if (shared_memory) {
+    parts = project_packed(module, query, 0, 1);
+    for (Tensor& part : project_packed(module, key, 1, 2)) parts.push_back(std::move(part));
+  } else {
+    parts = {project_packed(module, query, 0, 1)[0], project_packed(module, key, 1, 1)[0],
+             project_packed(module, value, 2, 1)[0]};
+  }
+  const int64_t num_heads = module.options.num_heads();
+  return {split_heads(parts[0], num_heads, batch_first), split_heads(parts[1], num_heads, batch_first),
+          split_heads(parts[2], num_heads, batch_first)};
+}
+
+/// `keys` followed by the learned key (or value) and the zero one, where the module has them.
+Tensor append_extra_keys(const MultiheadAttentionImpl& module, const Tensor& keys, const Tensor& bias) {
+  std::vector<Tensor> parts = {keys};
+  const std::vector<int64_t> shape = {keys.size(0), keys.size(1), 1, keys.size(3)};
+  if (bias.defined()) {
+    parts.push_back(split_heads(bias.to(keys.scalar_type()), module.options.num_heads(), true).expand(shape));
+  }
+  if (module.options.add_zero_attn()) parts.push_back(at::zeros(shape, keys.options()));
+  return parts.size() == 1 ? keys : at::cat(parts, 2);
+}
+
+/// Two masks in PyTorch's convention (true = not attended, or added) as one; undefined: no mask.
+Tensor combine(const Tensor& a, const Tensor& b) {
+  if (!a.defined()) return b;
+  if (!b.defined()) return a;
+  const bool a_is_bool = a.scalar_type() == at::kBool;
+  const bool b_is_bool = b.scalar_type() == at::kBool;
+  if (a_is_bool && b_is_bool) return at::logical_or(a, b);
+  const double infinity = std::numeric_limits<double>::infinity();
+  if (a_is_bool) return at::masked_fill(b, a, -infinity);
+  if (b_is_bool) return at::masked_fill(a, b, -infinity);
+  return a + b;
+}
+
+/// Masks for keys [B, H, Nk, D] and how they are to be read.
+struct Masks {
+  Tensor attn_mask = {};         ///< [Nq, Nk] or [B * H, Nq, Nk], or undefined
+  Tensor key_padding_mask = {};  ///< [B, Nk], or undefined
+  bool causal = false;           ///< query i attends keys up to past + i
+  int64_t past = 0;
+};
+
+/// Runs the op on projected heads. Returns [B, H, Nq, D] and the weights, if wanted.
+std::tuple<Tensor, Tensor> attend(const MultiheadAttentionImpl& module, const Heads& heads,
+                                  const Masks& masks, bool need_weights) {
+  const int64_t batch = heads.query.size(0), num_heads = heads.query.size(1);
+  const int64_t queries = heads.query.size(2), keys = heads.key.size(2);
+
+  Tensor attn_mask = masks.attn_mask;
+  if (attn_mask.defined()) {
+    check_mask_dtype(attn_mask, "attn_mask");
+    const std::vector<int64_t> shared = {queries, keys}, per_head = {batch * num_heads, queries, keys};
+    TORCH_CHECK(attn_mask.sizes() == shared || attn_mask.sizes() == per_head, kName,
+                "attn_mask should be [Nq, Nk] = ", at::IntArrayRef(shared),
+                " or [B * num_heads, Nq, Nk] = ", at::IntArrayRef(per_head), ", got shape ",
+                attn_mask.sizes());
+    if (attn_mask.dim() == 3) attn_mask = attn_mask.unflatten(0, {batch, num_heads});
+  }
+  Tensor padding = masks.key_padding_mask;
+  if (padding.defined()) {
+    check_mask_dtype(padding, "key_padding_mask");
+    const std::vector<int64_t> expected = {batch, keys};
+    TORCH_CHECK(padding.sizes() == expected, kName,
+                "key_padding_mask should be [B, Nk] = ", at::IntArrayRef(expected), " (unbatched: [Nk] = [",
+                keys, "]), got shape ", padding.sizes());
+    padding = padding.unsqueeze(1).unsqueeze(1);
+  }
+
+  const Tensor key = append_extra_keys(module, heads.key, module.bias_k);
+  const Tensor value = append_extra_keys(module, heads.value, module.bias_v);
+  const int64_t extra = key.size(2) - keys;
+
+  AttentionOptions attention_options;
+  attention_options.dropout = module.is_training() ? module.options.dropout() : 0.0;
+  attention_options.policy = module.options.policy();
+  if (masks.causal && !(queries == 1 && masks.past == keys - 1)) {
+    if (extra > 0) {
+      // The op's own causal mask would hide the extra keys, which every query attends.
+      const Tensor future = at::ones({queries, keys}, key.options().dtype(at::kBool)).triu(masks.past + 1);
+      attn_mask = combine(attn_mask, future);
+    } else if (masks.past > 0) {
+      attention_options.window = std::make_pair(int64_t{-1}, masks.past);
+    } else {
+      attention_options.causal = true;
+    }
+  }
+  if (extra > 0) {
+    if (attn_mask.defined()) attn_mask = at::constant_pad_nd(attn_mask, {0, extra}, 0);
+    if (padding.defined()) padding = at::constant_pad_nd(padding, {0, extra}, 0);
+  }
+  if (const Tensor mask = combine(attn_mask, padding); mask.defined()) {
+    attention_options.mask =
+        mask.scalar_type() == at::kBool ? at::logical_not(mask) : mask.to(heads.query.scalar_type());
+  }
+
+  if (need_weights) return attention_with_weights(heads.query, key, value, attention_options);
+  return {attention(heads.query, key, value, attention_options), Tensor()};
+}
+
+/// [B, H, N, D] to [B, N, E] or [N, B, E].
+Tensor merge_heads(const Tensor& heads, bool batch_first) {
+  return (batch_first ? heads.transpose(1, 2) : heads.permute({2, 0, 1, 3})).flatten(2);
+}
+
+void check_cached_query(const MultiheadAttentionOptions& options, const Tensor& query,
+                        const KeyValueCache& cache) {
+  TORCH_CHECK(query.dim() == 3, kName, "a cached forward expects query [B, N, E], batch first, got shape ",
+              query.sizes());
+  check_last_dim(query, "query", "embed_dim", options.embed_dim());
+  TORCH_CHECK(cache.key.defined() == cache.value.defined(), kName,
+              "the cache should hold both key and value or neither; start from an empty KeyValueCache");
+  if (!cache.key.defined()) return;
+  TORCH_CHECK(cache.key.dim() == 4 && cache.key.size(0) == query.size(0), kName,
+              "the cache should be [B, H, n, D] with query's batch size ", query.size(0), ", got shape ",
+              cache.key.sizes(), "; select the cache's rows along with the query's");
+}
+
+}  // namespace
+
+MultiheadAttentionImpl::MultiheadAttentionImpl(const MultiheadAttentionOptions& options_in)
+    : options(options_in) {
+  check_options(options);
+  MultiheadAttentionImpl::reset();
+}
+
+void MultiheadAttentionImpl::reset() {
+  const int64_t embed_dim = options.embed_dim();
+  in_proj_weight = in_proj_bias = q_proj_weight = k_proj_weight = v_proj_weight = bias_k = bias_v = Tensor();
+
+  if (is_packed(options)) {
+    in_proj_weight = register_parameter("in_proj_weight", at::empty({3 * embed_dim, embed_dim}));
+  } else {
+    q_proj_weight = register_parameter("q_proj_weight", at::empty({embed_dim, embed_dim}));
+    k_proj_weight = register_parameter("k_proj_weight", at::empty({embed_dim, key_dim(options)}));
+    v_proj_weight = register_parameter("v_proj_weight", at::empty({embed_dim, value_dim(options)}));
+  }
+  if (options.bias()) in_proj_bias = register_parameter("in_proj_bias", at::zeros({3 * embed_dim}));
+  out_proj = register_module(
+      "out_proj", torch::nn::Linear(torch::nn::LinearOptions(embed_dim, embed_dim).bias(options.bias())));
+  if (options.add_bias_kv()) {
+    bias_k = register_parameter("bias_k", at::empty({1, 1, embed_dim}));
+    bias_v = register_parameter("bias_v", at::empty({1, 1, embed_dim}));
+  }
+
+  // In PyTorch's order, so that one seed gives the same weights.
+  for (const Tensor& weight : {in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight}) {
+    if (weight.defined()) torch::nn::init::xavier_uniform_(weight);
+  }
+  if (options.bias()) torch::nn::init::zeros_(out_proj->bias);
+  for (const Tensor& bias : {bias_k, bias_v}) {
+    if (bias.defined()) torch::nn::init::xavier_normal_(bias);
+  }
+}
+
+void MultiheadAttentionImpl::pretty_print(std::ostream& stream) const {
+  stream << "remnant::nn::MultiheadAttention(embed_dim=" << options.embed_dim()
+         << ", num_heads=" << options.num_heads() << ", policy=" << options.policy().str() << ")";
+}
+
+std::tuple<Tensor, Tensor> MultiheadAttentionImpl::forward(const Tensor& query, const Tensor& key,
+                                                           const Tensor& value,
+                                                           const Tensor& key_padding_mask, bool need_weights,
+                                                           const Tensor& attn_mask, bool average_attn_weights,
+                                                           bool is_causal) {
+  const memory::LayerScope scope(this);
+  check_inputs(options, query, key, value);
+  const bool batched = query.dim() == 3;
+  const bool batch_first = batched && options.batch_first();
+
+  Heads heads;
+  Masks masks{.attn_mask = attn_mask, .key_padding_mask = key_padding_mask, .causal = is_causal};
+  if (batched) {
+    heads = project(*this, query, key, value, batch_first);
+  } else {
+    // unsqueeze makes new tensors: keep "the same tensor" visible to project.
+    const Tensor q = query.unsqueeze(1);
+    const Tensor k = key.is_same(query) ? q : key.unsqueeze(1);
+    heads = project(*this, q, k, value.is_same(key) ? k : value.unsqueeze(1), batch_first);
+    if (key_padding_mask.defined()) masks.key_padding_mask = key_padding_mask.unsqueeze(0);
+  }
+  auto [attended, weights] = attend(*this, heads, masks, need_weights);
+  Tensor output = out_proj(merge_heads(attended, batch_first));
+  if (!batched) output = output.squeeze(1);
+  if (!need_weights) return {output, Tensor()};
+  if (average_attn_weights) weights = weights.mean(1);
+  return {output, batched ? weights : weights.squeeze(0)};
+}
+
+Tensor MultiheadAttentionImpl::forward_self_cached(const Tensor& query, KeyValueCache& cache) {
+  const memory::LayerScope scope(this);
+  check_cached_query(options, query, cache);
+  check_last_dim(query, "query (as key)", "kdim", key_dim(options));
+  check_last_dim(query, "query (as value)", "vdim", value_dim(options));
+  Heads heads = project(*this, query, query, query, true);
+  const int64_t past = cache.key.defined() ? cache.key.size(2) : 0;
+  cache.key = past > 0 ? at::cat({cache.key, heads.key}, 2) : heads.key;
+  cache.value = past > 0 ? at::cat({cache.value, heads.value}, 2) : heads.value;
+  heads.key = cache.key;
+  heads.value = cache.value;
+  const auto [attended, weights] = attend(*this, heads, {.causal = true, .past = past}, false);
+  return out_proj(merge_heads(attended, true));
+}
+
+Tensor MultiheadAttentionImpl::forward_cross_cached(const Tensor& query, const Tensor& memory,
+                                                    const Tensor& key_padding_mask, KeyValueCache& cache) {
+  const memory::LayerScope scope(this);
+  check_cached_query(options, query, cache);
+  Heads heads;
+  if (cache.key.defined()) {
+    const int64_t num_heads = options.num_heads();
+    const Tensor projected = in_proj_weight.defined()
+                                 ? project_packed(*this, query, 0, 1)[0]
+                                 : linear(query, q_proj_weight, bias_part(in_proj_bias, 0, 1));
+    heads = {split_heads(projected, num_heads, true), cache.key, cache.value};
+  } else {
+    TORCH_CHECK(memory.dim() == 3 && memory.size(0) == query.size(0), kName,
+                "memory should be [B, Nk, E] with query's batch size ", query.size(0), ", got shape ",
+                memory.sizes());
+    check_last_dim(memory, "memory", "kdim", key_dim(options));
+    check_last_dim(memory, "memory", "vdim", value_dim(options));
+    heads = project(*this, query, memory, memory, true);
+    cache = {heads.key, heads.value};
+  }
+  const auto [attended, weights] = attend(*this, heads, {.key_padding_mask = key_padding_mask}, false);
+  return out_proj(merge_heads(attended, true));
+}
+
+}  // namespace remnant::nn

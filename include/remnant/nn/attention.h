@@ -34,8 +34,14 @@ struct REMNANT_API KeyValueCache {
   at::Tensor key, value;
 };
 
-/// torch.nn.MultiheadAttention with its parameter names, defaults and mask conventions (boolean
-/// masks: true = do NOT attend), and a policy for what its softmax keeps.
+/// torch.nn.MultiheadAttention with its parameter names, initialisation, defaults and mask
+/// conventions (boolean masks: true = do NOT attend), and a policy for what its softmax keeps.
+///
+/// Differs from PyTorch in three points: a query with every key masked gets out_proj.bias (attention 0)
+/// and no gradient also with need_weights, where PyTorch gives NaN; returned weights are those before
+/// dropout and carry no gradient, also in training; is_causal needs no attn_mask beside it, and is
+/// obeyed, not a hint.
+/// SAVES: what remnant::attention saves, and the inputs of the projections.
 class REMNANT_API MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImpl> {
  public:
   MultiheadAttentionImpl(int64_t embed_dim, int64_t num_heads)
@@ -48,28 +54,28 @@ class REMNANT_API MultiheadAttentionImpl : public torch::nn::Cloneable<Multihead
   /// [B, Nk]; attn_mask [Nq, Nk] or [B * num_heads, Nq, Nk]; masks boolean (true = not attended) or
   /// floating point (added). Returns the output and, with need_weights, the weights (averaged over
   /// heads when average_attn_weights: [B, Nq, Nk], else [B, H, Nq, Nk]); an undefined tensor otherwise.
-  /// is_causal applies a causal mask without materialising it, together with any attn_mask.
+  /// is_causal applies a causal mask together with any attn_mask. Neither it nor a key_padding_mask
+  /// is materialised as [Nq, Nk] unless there is an attn_mask too (or, for is_causal, add_bias_kv or
+  /// add_zero_attn, whose keys every query attends).
   std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
-                                             const at::Tensor& value,
-                                             const at::Tensor& key_padding_mask = {},
-                                             bool need_weights = true,
-                                             const at::Tensor& attn_mask = {},
-                                             bool average_attn_weights = true,
-                                             bool is_causal = false);
+                                             const at::Tensor& value, const at::Tensor& key_padding_mask = {},
+                                             bool need_weights = true, const at::Tensor& attn_mask = {},
+                                             bool average_attn_weights = true, bool is_causal = false);
 
   /// Decoding. Appends the keys and values of `query`'s positions to `cache` and attends all of it
-  /// (self-attention: every cached position is in the past). query [B, 1, E] -> [B, 1, E].
+  /// (self-attention: every cached position is in the past). query [B, 1, E] -> [B, 1, E], batch first;
+  /// several positions at once, [B, n, E], attend each other causally.
   at::Tensor forward_self_cached(const at::Tensor& query, KeyValueCache& cache);
-  /// Decoding. Fills `cache` from `memory` [B, Nk, E] when it is empty, then attends it.
-  /// key_padding_mask [B, Nk] as in forward.
+  /// Decoding. Fills `cache` from `memory` [B, Nk, E] when it is empty, then attends it (`memory` is not
+  /// read again). query [B, n, E], batch first. key_padding_mask [B, Nk] as in forward.
   at::Tensor forward_cross_cached(const at::Tensor& query, const at::Tensor& memory,
                                   const at::Tensor& key_padding_mask, KeyValueCache& cache);
 
   MultiheadAttentionOptions options;
-  at::Tensor in_proj_weight, in_proj_bias;                    // packed, when kdim == vdim == embed_dim
-  at::Tensor q_proj_weight, k_proj_weight, v_proj_weight;     // otherwise
+  at::Tensor in_proj_weight, in_proj_bias;                 // packed, when kdim == vdim == embed_dim
+  at::Tensor q_proj_weight, k_proj_weight, v_proj_weight;  // otherwise
   at::Tensor bias_k, bias_v;
-  torch::nn::Linear out_proj = nullptr;                       // "out_proj.weight", "out_proj.bias"
+  torch::nn::Linear out_proj = nullptr;  // "out_proj.weight", "out_proj.bias"
 };
 TORCH_MODULE(MultiheadAttention);
 

@@ -26,8 +26,7 @@ struct REMNANT_API TransformerLayerOptions {
 };
 
 /// torch.nn.TransformerEncoderLayer: parameters self_attn.*, linear1.*, linear2.*, norm1.*, norm2.*.
-class REMNANT_API TransformerEncoderLayerImpl
-    : public torch::nn::Cloneable<TransformerEncoderLayerImpl> {
+class REMNANT_API TransformerEncoderLayerImpl : public torch::nn::Cloneable<TransformerEncoderLayerImpl> {
  public:
   TransformerEncoderLayerImpl(int64_t d_model, int64_t nhead)
       : TransformerEncoderLayerImpl(TransformerLayerOptions(d_model, nhead)) {}
@@ -51,19 +50,20 @@ struct REMNANT_API DecoderCache {
 };
 
 /// torch.nn.TransformerDecoderLayer: self_attn.*, multihead_attn.*, linear1.*, linear2.*, norm1..3.*.
-class REMNANT_API TransformerDecoderLayerImpl
-    : public torch::nn::Cloneable<TransformerDecoderLayerImpl> {
+class REMNANT_API TransformerDecoderLayerImpl : public torch::nn::Cloneable<TransformerDecoderLayerImpl> {
  public:
   TransformerDecoderLayerImpl(int64_t d_model, int64_t nhead)
       : TransformerDecoderLayerImpl(TransformerLayerOptions(d_model, nhead)) {}
   explicit TransformerDecoderLayerImpl(const TransformerLayerOptions& options);
   void reset() override;
+  /// tgt [T, B, E], memory [S, B, E] ([B, T, E], [B, S, E] with batch_first); masks as in
+  /// MultiheadAttention, the tgt_ ones for self_attn, the memory_ ones for multihead_attn. tgt's shape out.
   at::Tensor forward(const at::Tensor& tgt, const at::Tensor& memory, const at::Tensor& tgt_mask = {},
-                     const at::Tensor& memory_mask = {},
-                     const at::Tensor& tgt_key_padding_mask = {},
+                     const at::Tensor& memory_mask = {}, const at::Tensor& tgt_key_padding_mask = {},
                      const at::Tensor& memory_key_padding_mask = {}, bool tgt_is_causal = false,
                      bool memory_is_causal = false);
-  /// Decoding: one new position tgt [B, 1, E] given the cached past; batch first. [B, 1, E] out.
+  /// Decoding: one new position tgt [B, 1, E] (or several) given the cached past; always batch
+  /// first. The same shape out; equal to `forward` with tgt_is_causal at those positions.
   at::Tensor forward_cached(const at::Tensor& tgt, const at::Tensor& memory,
                             const at::Tensor& memory_key_padding_mask, DecoderCache& cache);
 
