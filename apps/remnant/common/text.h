@@ -19,17 +19,20 @@ struct ParallelText {
   int64_t skipped_empty = 0;                ///< pairs dropped because a side had no word
 };
 
-/// Reads `DIR/SPLIT.LANG` or `.gz` for both languages (`train`, `val`, `test_2016_flickr`; "test" is
+/// Reads `DIR/SPLIT.LANG` or else `.gz` for both languages (`train`, `val`, `test_2016_flickr`; "test" is
 /// found by the prefix `test` when it is unambiguous, `val` also as `valid` or `dev`). Throws Error
 /// with one sentence on missing files (lists what is there), unequal line counts, an empty corpus.
 ParallelText read_parallel(const std::filesystem::path& dir, const std::string& split,
                            const std::string& source_language, const std::string& target_language);
 
 /// Lower-cased words and punctuation marks of a sentence, by ICU's word boundaries.
-/// `locale` such as "de" or "en" (used for lower-casing and word boundaries).
+/// `locale` such as "de" or "en" (used for lower-casing and word boundaries). White space, control and
+/// formatting characters on their own are dropped; nothing else is. ICU's boundaries make a hyphen a
+/// word of its own ("t", "-", "shirt": compounds share the vocabulary entries of their parts) and keep
+/// an apostrophe or decimal point inside a word ("don't", "man's", "3.5").
 std::vector<std::string> tokenize(std::string_view sentence, const std::string& locale);
 
-/// Joins words to readable text: no space before ".,!?;:)" and so on, quotes and apostrophes
+/// Joins words to readable text: no space before ".,!?;:)" and so on, quotes, hyphens and apostrophes
 /// attached, first letter as given.
 std::string detokenize(const std::vector<std::string>& words);
 
