@@ -16,30 +16,42 @@ class Module;
 /// Bytes: what a step keeps for its backward pass, and how high its allocations climb.
 namespace remnant::memory {
 
+struct Recording;  // regions and descriptions gathered by a Recorder
+
 /// One kept storage (or several equal ones, folded) of the autograd graph.
 struct REMNANT_API SavedRow {
-  std::string layer;   ///< dotted module path of the innermost LayerScope, or "" outside of any
-  std::string op;      ///< the autograd node that holds it, e.g. "AttentionBackward", "AddmmBackward0"
-  std::string policy;  ///< what the op was asked to keep, "" for stock ops
+  std::string layer;  ///< dotted module path of the innermost LayerScope, or "" outside of any
+  std::string op;     ///< the autograd node that holds it, e.g. "AttentionBackward", "AddmmBackward0"
+  std::string
+      policy;  ///< what the op was asked to keep: saved_data["policy"] or describe(); "" for stock ops
   std::vector<int64_t> shape;
   std::string dtype;
-  int64_t count = 1;        ///< how many equal tensors this row stands for
-  int64_t kept_bytes = 0;   ///< unique storage bytes, all `count` together
-  int64_t predicted_bytes = -1;  ///< closed form, -1 where there is none
-  int64_t eager_bytes = -1;      ///< what eager PyTorch would keep for the same op, -1 if unknown
+  int64_t count = 1;       ///< how many equal tensors this row stands for
+  int64_t kept_bytes = 0;  ///< unique storage bytes, all `count` together
+  /// Closed form of the whole op on its first row, 0 on its others; -1 where there is none.
+  int64_t predicted_bytes = -1;
+  /// What eager PyTorch would keep for the same op, laid out likewise; -1 if unknown.
+  int64_t eager_bytes = -1;
 };
 
 struct REMNANT_API Report {
-  std::vector<SavedRow> rows;
-  int64_t kept_bytes = 0;  ///< sum over unique storages
+  std::vector<SavedRow> rows;  ///< in the order of the forward, one for each storage
+  int64_t kept_bytes = 0;      ///< sum over unique storages
+  int64_t unreadable = 0;      ///< nodes that would not show what they keep (Python's own): not in kept_bytes
+  /// For people: layers that differ only in their numbers are folded, `count` says how many rows.
   std::string table() const;
+  /// {"kept_bytes", "unreadable", "rows": [...]}; a byte count that is not known is null.
   std::string json() const;
+  /// The same rows; a byte count that is not known is empty.
   std::string csv() const;
-  void write(const std::string& path) const;  ///< .json, .csv or plain table by the file's ending
+  /// .json, .csv or plain table by the file's ending. The file appears whole or not at all.
+  void write(const std::string& path) const;
 };
 
-/// Opens a named region while a model runs: nodes made inside belong to `name`. Cheap when no
-/// recorder is active. Remnant's nn modules open one themselves, named by their place in the model.
+/// Opens a named region while a model runs: nodes made inside belong to it, or to a region nested in
+/// it. Cheap when no recorder is active. Remnant's nn modules open one themselves. A module is called
+/// by its place in the recorder's root; a module that root does not hold by its type's name, and a
+/// string by itself, both behind the name of the region around them ("decoder" + "." + "loss").
 class REMNANT_API LayerScope {
  public:
   explicit LayerScope(const torch::nn::Module* module);
@@ -49,10 +61,21 @@ class REMNANT_API LayerScope {
   LayerScope& operator=(const LayerScope&) = delete;
 
  private:
-  bool active_ = false;
+  struct Handle;
+  std::unique_ptr<Handle> handle_;
 };
 
-/// While alive on this thread, remembers which layer made which autograd node.
+/// True when a Recorder is alive on this thread: what describe() needs is only then worth computing.
+REMNANT_API bool recording();
+
+/// Tells this thread's recorder, if there is one, what the op that made `output` was asked to keep ("": see
+/// SavedRow::policy), what that should come to in bytes, and what eager PyTorch would keep for it (-1:
+/// unknown). For ops: call it on an output of Function::apply.
+REMNANT_API void describe(const at::Tensor& output, std::string policy, int64_t predicted_bytes = -1,
+                          int64_t eager_bytes = -1);
+
+/// While alive on this thread, remembers which layer made which autograd node. `root` must outlive it.
+/// The innermost of nested recorders does the remembering.
 class REMNANT_API Recorder {
  public:
   explicit Recorder(const torch::nn::Module* root = nullptr);
@@ -60,20 +83,28 @@ class REMNANT_API Recorder {
   Recorder(const Recorder&) = delete;
   Recorder& operator=(const Recorder&) = delete;
   /// Walks the graph from `outputs` (normally the loss): every storage once; parameters and buffers
-  /// of `root`, and `exclude` (the step's inputs), left out.
+  /// of `root`, leaves that require a gradient, and `exclude` (the step's inputs), left out. Call it
+  /// before backward(), which releases what is counted here; throws c10::Error afterwards.
   Report report(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& exclude = {}) const;
 
  private:
-  struct State;
-  std::unique_ptr<State> state_;
+  const torch::nn::Module* root_;
+  std::shared_ptr<Recording> recording_;
 };
 
 /// Kept bytes of a graph without layers: unique storages reachable from `outputs`, minus leaves that
-/// require a gradient and `exclude`.
+/// require a gradient and `exclude`. Throws c10::Error after backward(), and when a node of the graph
+/// would not show what it keeps (Recorder::report counts such nodes instead).
 REMNANT_API int64_t kept_bytes(const std::vector<at::Tensor>& outputs,
                                const std::vector<at::Tensor>& exclude = {});
 
-/// Counts what the allocators report (all devices' allocations, forward and backward) while alive.
+/// Counts what the allocators report (all devices' allocations, forward and backward) while alive, on
+/// this thread and on the threads that autograd runs its backward on. Meters nest. Throws c10::Error when a
+/// profiler records on this thread, which needs the same place in the allocators.
+///
+/// A block of CPU memory that is older than the meter counts neither now nor when it is freed; the frees
+/// of older blocks on other devices, and after reset() those of blocks allocated before it, count down.
+/// To see every free of a training loop, open one meter before the model is built and reset() it each step.
 class REMNANT_API PeakMeter {
  public:
   PeakMeter();
