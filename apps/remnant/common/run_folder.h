@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -17,9 +18,14 @@ namespace remnant::app {
 /// Writes a file so that a reader sees the old content or the new, never a part: temporary file in
 /// the same folder, fsync, rename. Throws Error (disk full, no permission); the old file is intact.
 void write_file_atomically(const std::filesystem::path& file, const std::string& content);
+/// The same for content that comes in pieces: `write` is handed a function to call with each piece.
+using ByteSink = std::function<void(const void* data, size_t size)>;
+void write_file_atomically(const std::filesystem::path& file,
+                           const std::function<void(const ByteSink&)>& write);
 
-/// Tensors in the safetensors layout (8-byte little-endian header length, JSON header, data), order
-/// by name, written atomically. `metadata` goes to "__metadata__".
+/// Tensors in the safetensors layout (8-byte little-endian header length, JSON header, data), written
+/// atomically. Header by name; data by element size, then name, so that every tensor is aligned.
+/// `metadata` goes to "__metadata__". Dtypes: F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL.
 void save_tensors(const std::filesystem::path& file, const std::map<std::string, at::Tensor>& tensors,
                   const std::map<std::string, std::string>& metadata = {});
 struct LoadedTensors {
@@ -49,9 +55,13 @@ class RunFolder {
 };
 
 /// A checkpoint is a directory swapped in whole: the files are written beside it, synced, renamed.
-/// `write` receives the temporary directory. An interrupted save leaves the previous one in place.
+/// `write` receives the temporary directory. An interrupted save leaves the previous one in place, or
+/// beside it for recover_directory.
 void replace_directory_atomically(const std::filesystem::path& directory,
                                   const std::function<void(const std::filesystem::path&)>& write);
+/// Puts back the directory that a save, interrupted between its two renames, had set aside; returns
+/// whether it did. For readers to call first; waits for a swap that is under way in another process.
+bool recover_directory(const std::filesystem::path& directory);
 
 /// TensorBoard event file (TFRecord with masked CRC-32C, hand-encoded protobuf): scalars only.
 class EventWriter {
@@ -59,20 +69,23 @@ class EventWriter {
   explicit EventWriter(const std::filesystem::path& directory);
   ~EventWriter();
   void scalar(const std::string& tag, double value, int64_t step);
-  void flush();
+  void flush();  ///< scalar() also does every few seconds; throws Error
 
  private:
   struct State;
   std::unique_ptr<State> state_;
 };
 
-/// Set by SIGINT or SIGTERM; a second signal ends the process at once.
+/// Set by SIGINT or SIGTERM; a second signal ends the process at once. A signal that the process was
+/// started with as ignored (a background job of a script) stays ignored.
 class Interrupt {
  public:
   Interrupt();   ///< installs the handlers
   ~Interrupt();  ///< restores the previous ones
+  Interrupt(const Interrupt&) = delete;
+  Interrupt& operator=(const Interrupt&) = delete;
   static bool requested();
-  static int exit_code();  ///< 130 or 143
+  static int exit_code();  ///< 130 or 143; 0 when nothing was requested
 };
 
 /// A line that is redrawn on a terminal and a plain line now and then elsewhere (or with NO_COLOR /
@@ -80,7 +93,9 @@ class Interrupt {
 class Progress {
  public:
   Progress(std::string label, int64_t total_steps, bool quiet = false);
-  ~Progress();
+  ~Progress();  ///< clears the redrawn line
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
   /// `fields` such as {"loss 3.21", "12.3k tokens/s", "kept 45.1 MB"}; time left is added.
   void update(int64_t step, const std::vector<std::string>& fields);
   /// Clears the redrawn line, so that other output can be printed.
@@ -88,12 +103,17 @@ class Progress {
 
  private:
   std::string label_;
-  int64_t total_, first_step_ = -1;
-  bool quiet_, terminal_;
+  int64_t total_, first_step_ = -1, last_drawn_step_ = -1;
+  bool quiet_, terminal_, line_shown_ = false;
   std::chrono::steady_clock::time_point start_, last_draw_;
 };
 
-std::string format_bytes(int64_t bytes);       ///< "45.1 MB" (powers of 1000)
-std::string format_duration(double seconds);   ///< "3 min 20 s"
+/// What Progress writes: fitted to `width` columns, or plain, without a bar, where `width` is 0. No
+/// share or bar where `total` < 1, no time left where `seconds_left` < 0.
+std::string progress_line(const std::string& label, int64_t step, int64_t total,
+                          const std::vector<std::string>& fields, double seconds_left, int64_t width);
+
+std::string format_bytes(int64_t bytes);      ///< "45.1 MB" (powers of 1000)
+std::string format_duration(double seconds);  ///< "3 min 20 s"
 
 }  // namespace remnant::app
