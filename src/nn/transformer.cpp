@@ -1,6 +1,8 @@
 #include <remnant/memory.h>
 #include <remnant/nn/transformer.h>
 
+#include <remnant/ops/dropout.h>
+
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/relu.h>
 
@@ -64,6 +66,11 @@ torch::nn::Dropout make_dropout(const TransformerLayerOptions& options) {
   return torch::nn::Dropout(torch::nn::DropoutOptions(options.dropout()));
 }
 
+/// The module holds the probability and the mode; the op keeps no mask.
+Tensor drop(const torch::nn::Dropout& module, const Tensor& x) {
+  return module->is_training() ? remnant::dropout(x, module->options.p()) : x;
+}
+
 Tensor activate(const Tensor& x, Activation activation) {
   return activation == Activation::gelu ? at::gelu(x) : at::relu(x);
 }
@@ -94,12 +101,12 @@ Tensor decode(TransformerDecoderLayerImpl& layer, const Tensor& tgt, const SelfA
               const CrossAttention& cross_attention) {
   const bool norm_first = layer.options.norm_first();
   Tensor x = residual(tgt, layer.norm1, norm_first,
-                      [&](const Tensor& y) { return layer.dropout1(self_attention(y)); });
+                      [&](const Tensor& y) { return drop(layer.dropout1, self_attention(y)); });
   x = residual(x, layer.norm2, norm_first,
-               [&](const Tensor& y) { return layer.dropout2(cross_attention(y)); });
+               [&](const Tensor& y) { return drop(layer.dropout2, cross_attention(y)); });
   return residual(x, layer.norm3, norm_first, [&](const Tensor& y) {
     const Tensor hidden = activate(layer.linear1(y), layer.options.activation());
-    return layer.dropout3(layer.linear2(layer.dropout(hidden)));
+    return drop(layer.dropout3, layer.linear2(drop(layer.dropout, hidden)));
   });
 }
 
@@ -129,10 +136,11 @@ Tensor TransformerEncoderLayerImpl::forward(const Tensor& src, const Tensor& src
   check_last_dim(src, kEncoderName, "src", options);
   const bool norm_first = options.norm_first();
   const Tensor x = residual(src, norm1, norm_first, [&](const Tensor& y) {
-    return dropout1(std::get<0>(self_attn(y, y, y, src_key_padding_mask, false, src_mask, true, is_causal)));
+    return drop(dropout1,
+                std::get<0>(self_attn(y, y, y, src_key_padding_mask, false, src_mask, true, is_causal)));
   });
   return residual(x, norm2, norm_first, [&](const Tensor& y) {
-    return dropout2(linear2(dropout(activate(linear1(y), options.activation()))));
+    return drop(dropout2, linear2(drop(dropout, activate(linear1(y), options.activation()))));
   });
 }
 

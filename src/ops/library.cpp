@@ -46,4 +46,18 @@ TORCH_LIBRARY(remnant, m) {
       "-> Tensor",
       plain);
   m.def("softmax_input_from_output(Tensor output, Tensor lse) -> Tensor", plain);
+  m.def("dropout(Tensor input, float p, Generator? generator=None) -> Tensor", random);
+  m.def("dropout_forward(Tensor input, float p, Generator? generator=None) -> (Tensor output, Tensor seed)",
+        random);
+  m.def("dropout_backward(Tensor grad_output, Tensor seed, float p) -> Tensor", plain);
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100, "
+      "float label_smoothing=0.0, int reduction=1) -> Tensor",
+      plain);
+  m.def(
+      "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor? bias, Tensor target, int "
+      "ignore_index, "
+      "float label_smoothing, int reduction, bool[3] needs) -> (Tensor loss, Tensor grad_input, "
+      "Tensor grad_weight, Tensor grad_bias)",
+      plain);
 }

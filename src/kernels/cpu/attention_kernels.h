@@ -101,6 +101,19 @@ struct CurveRows {
 template <typename T>
 int64_t curve_scratch_bytes(int64_t keys);
 
+/// Rows of logits to rows of their cross-entropy's gradient, in place.
+template <typename T>
+struct CrossEntropyRows {
+  int64_t classes = 0, stride = 0;
+  T* logits = nullptr;
+  const int64_t* targets = nullptr;
+  int64_t ignore_index = -100;
+  T label_smoothing = 0;
+  T scale = 1;            // of the gradient
+  bool gradient = false;  // else logits are left as they are
+  T* losses = nullptr;    // one a row, 0 where ignored
+};
+
 struct CpuKernels {
   const char* name;
   void (*forward_float)(const AttentionForward<float>&, int64_t begin, int64_t end, void* scratch);
@@ -114,6 +127,8 @@ struct CpuKernels {
   /// 16 random bits for `blocks` blocks of 8 columns in each of `rows` rows, row-major.
   void (*dropout_bits)(const Seed& seed, uint32_t head, int64_t row, int64_t rows, int64_t block,
                        int64_t blocks, uint16_t* out);
+  void (*cross_entropy_float)(const CrossEntropyRows<float>&, int64_t begin, int64_t end);
+  void (*cross_entropy_double)(const CrossEntropyRows<double>&, int64_t begin, int64_t end);
 };
 
 /// The best this machine runs, or the one that the environment variable REMNANT_CPU names

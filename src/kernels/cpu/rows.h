@@ -1,3 +1,5 @@
+#pragma once
+
 // Row operations of a softmax: exponentials, masks, dropout, packed codes, the paper's curve. Included
 // by every kernel source inside its instruction set's namespace; loops are written so that the
 // compiler vectorises them for that set.
@@ -82,8 +84,8 @@ REMNANT_ALWAYS_INLINE void philox(uint32_t (&c)[4][kLanes], uint32_t key0, uint3
 
 // Words for blocks [block, block + blocks) of rows [row, row + rows), four a block, row-major. Lanes
 // run over rows too, so that short rows fill them.
-void random_words(const Seed& seed, Stream stream, uint32_t head, int64_t row, int64_t rows, int64_t block,
-                  int64_t blocks, uint32_t* out) {
+[[maybe_unused]] void random_words(const Seed& seed, Stream stream, uint32_t head, int64_t row, int64_t rows,
+                                   int64_t block, int64_t blocks, uint32_t* out) {
   const int64_t total = rows * blocks;
   int64_t i = row, j = 0;
   for (int64_t start = 0; start < total; start += kLanes) {
@@ -165,7 +167,7 @@ void dequantize_row(const uint8_t* codes, T highest, int64_t keys, int64_t bits,
 // --- curve: ranks in ceil(log2 n) bits, and 2m + 2 numbers ------------------------------------------
 
 // A 64-bit window covers any rank of up to 32 bits at any bit offset, because 32 + 7 < 64.
-void pack_ranks(const uint32_t* ranks, int64_t keys, int64_t bits, uint8_t* out) {
+[[maybe_unused]] void pack_ranks(const uint32_t* ranks, int64_t keys, int64_t bits, uint8_t* out) {
   const int64_t bytes = (keys * bits + 7) / 8;
   uint64_t window = 0;
   int64_t filled = 0, written = 0;
@@ -181,7 +183,7 @@ void pack_ranks(const uint32_t* ranks, int64_t keys, int64_t bits, uint8_t* out)
   if (written < bytes) out[written] = static_cast<uint8_t>(window);
 }
 
-void unpack_ranks(const uint8_t* in, int64_t keys, int64_t bits, uint32_t* ranks) {
+[[maybe_unused]] void unpack_ranks(const uint8_t* in, int64_t keys, int64_t bits, uint32_t* ranks) {
   const int64_t bytes = (keys * bits + 7) / 8;
   const uint64_t mask = (uint64_t{1} << bits) - 1;
   // Elements whose 8-byte window lies inside the row are read whole, the last few byte by byte.

@@ -15,6 +15,8 @@
   void curve_decode(const CurveRows<T>& rows, int64_t begin, int64_t end, void* scratch);                  \
   void dropout_bits(const Seed& seed, uint32_t head, int64_t row, int64_t rows, int64_t block,             \
                     int64_t blocks, uint16_t* out);                                                        \
+  template <typename T>                                                                                    \
+  void cross_entropy(const CrossEntropyRows<T>& rows, int64_t begin, int64_t end);                         \
   }
 
 REMNANT_DECLARE_KERNELS(portable)

@@ -1,0 +1,77 @@
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace remnant::autograd {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Forward = Result(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                       const at::Tensor&, int64_t, double, int64_t, std::array<bool, 3>);
+
+c10::TypedOperatorHandle<Forward> forward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::linear_cross_entropy_forward", "")
+                             .typed<Forward>();
+  return op;
+}
+
+struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                               int64_t ignore_index, double label_smoothing, int64_t reduction,
+                               std::array<bool, 3> needs) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [loss, grad_input, grad_weight, grad_bias] =
+        forward_op().call(input, weight, bias, target, ignore_index, label_smoothing, reduction, needs);
+    ctx->save_for_backward({grad_input, grad_weight, grad_bias});
+    ctx->saved_data["needs"] = std::vector<bool>(needs.begin(), needs.end());
+    ctx->mark_non_differentiable({grad_input, grad_weight, grad_bias});
+    return {loss, grad_input, grad_weight, grad_bias};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(8);
+    if (!grads[0].defined()) return result;
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "linear_cross_entropy has no gradient of its gradient; use torch's linear and cross_entropy "
+                "where you need one");
+    const auto needs = ctx->saved_data["needs"].toBoolList();
+    const variable_list saved = ctx->get_saved_variables();
+    for (size_t i = 0; i < 3; ++i) {
+      if (needs[i]) result[i] = saved[i].mul(grads[0]);
+    }
+    return result;
+  }
+};
+
+Result forward_autograd(const at::Tensor& input, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t ignore_index,
+                        double label_smoothing, int64_t reduction, std::array<bool, 3>) {
+  const std::array<bool, 3> needs{input.requires_grad(), weight.requires_grad(),
+                                  bias.has_value() && bias->requires_grad()};
+  if (!at::GradMode::is_enabled() || !(needs[0] || needs[1] || needs[2])) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return forward_op().call(input, weight, bias, target, ignore_index, label_smoothing, reduction,
+                             {false, false, false});
+  }
+  auto outputs = LinearCrossEntropyFunction::apply(input, weight, bias, target, ignore_index, label_smoothing,
+                                                   reduction, needs);
+  return {outputs[0], outputs[1], outputs[2], outputs[3]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(remnant, Autograd, m) {
+  m.impl("linear_cross_entropy_forward", TORCH_FN(forward_autograd));
+}
+
+}  // namespace remnant::autograd

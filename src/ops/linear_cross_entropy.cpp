@@ -1,0 +1,192 @@
+#include <remnant/ops/linear_cross_entropy.h>
+
+#include "kernels/cpu/attention_kernels.h"
+#include "ops/attention_common.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/logsumexp.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+namespace remnant {
+
+namespace ops {
+
+namespace {
+
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+void check(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+           const at::Tensor& target, double label_smoothing, int64_t reduction) {
+  TORCH_CHECK(input.dim() == 2 && weight.dim() == 2,
+              "linear_cross_entropy: input must be [N, K] and weight [V, K], "
+              "got ",
+              input.dim(), " and ", weight.dim(), " dimensions; flatten the leading ones");
+  TORCH_CHECK(at::isFloatingType(input.scalar_type()),
+              "linear_cross_entropy: input must be floating point, got ", toString(input.scalar_type()));
+  TORCH_CHECK(weight.sym_size(1) == input.sym_size(1), "linear_cross_entropy: input has ", input.sym_size(1),
+              " features, weight ", weight.sym_size(1), "; expected the same");
+  TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)),
+              "linear_cross_entropy: bias must be [", weight.sym_size(0), "], one a class");
+  TORCH_CHECK(target.scalar_type() == at::kLong, "linear_cross_entropy: target must be int64, got ",
+              toString(target.scalar_type()));
+  TORCH_CHECK(target.dim() == 1 && target.sym_size(0) == input.sym_size(0),
+              "linear_cross_entropy: target must be [", input.sym_size(0), "], one a row of input, got ",
+              target.sym_sizes());
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+              "linear_cross_entropy: label_smoothing must be in "
+              "[0, 1], got ",
+              label_smoothing);
+  TORCH_CHECK(reduction == at::Reduction::Mean || reduction == at::Reduction::Sum,
+              "linear_cross_entropy: reduction must be mean (1) or sum (2), got ", reduction);
+}
+
+// Rows whose logits make about 4 MB: in cache, and long enough for full-speed products.
+int64_t chunk_rows(int64_t classes) {
+  return std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(classes, 1), 64, 4096);
+}
+
+// Turns a chunk of logits into its gradient; returns the losses of its rows.
+at::Tensor loss_rows(at::Tensor& logits, const at::Tensor& target, int64_t ignore_index,
+                     double label_smoothing, double scale, bool gradient) {
+  if (logits.device().is_cpu()) {
+    at::Tensor losses = at::empty({logits.size(0)}, logits.options());
+    const auto run = [&]<typename T>(T,
+                                     void (*kernel)(const kernels::CrossEntropyRows<T>&, int64_t, int64_t)) {
+      kernels::CrossEntropyRows<T> rows;
+      rows.classes = logits.size(1);
+      rows.stride = logits.stride(0);
+      rows.logits = logits.mutable_data_ptr<T>();
+      rows.targets = target.const_data_ptr<int64_t>();
+      rows.ignore_index = ignore_index;
+      rows.label_smoothing = static_cast<T>(label_smoothing);
+      rows.scale = static_cast<T>(scale);
+      rows.gradient = gradient;
+      rows.losses = losses.mutable_data_ptr<T>();
+      at::parallel_for(0, logits.size(0), 8, [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
+    };
+    if (logits.scalar_type() == at::kDouble) {
+      run(double{}, kernels::cpu_kernels().cross_entropy_double);
+    } else {
+      run(float{}, kernels::cpu_kernels().cross_entropy_float);
+    }
+    return losses;
+  }
+  const at::Tensor ignored = target.eq(ignore_index);
+  const at::Tensor index = target.masked_fill(ignored, 0).unsqueeze(1);
+  const at::Tensor lse = logits.logsumexp({1});
+  at::Tensor losses = lse.sub(logits.gather(1, index).squeeze(1)).mul_(1 - label_smoothing);
+  if (label_smoothing > 0) losses.add_(lse.sub(logits.mean(1)), label_smoothing);
+  losses.masked_fill_(ignored, 0);
+  if (gradient) {
+    logits.sub_(lse.unsqueeze(1)).exp_().sub_(label_smoothing / static_cast<double>(logits.size(1)));
+    logits.scatter_add_(1, index, at::zeros_like(index, logits.options()).fill_(label_smoothing - 1));
+    logits.mul_(scale).masked_fill_(ignored.unsqueeze(1), 0);
+  }
+  return losses;
+}
+
+Result forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+               const at::Tensor& target, int64_t ignore_index, double label_smoothing, int64_t reduction,
+               std::array<bool, 3> needs) {
+  check(input, weight, bias, target, label_smoothing, reduction);
+  const auto type = accumulation_type(input.scalar_type());
+  const at::Tensor x = input.to(type);
+  const at::Tensor w = weight.to(type);
+  const at::Tensor b = bias.has_value() ? bias->to(type) : at::Tensor();
+  const at::Tensor t = target.contiguous();
+  const auto options = x.options();
+  const int64_t tokens = x.size(0);
+  const int64_t classes = w.size(0);
+  const at::Tensor valid = t.ne(ignore_index);
+  if (t.device().is_cpu() && tokens > 0) {
+    const at::Tensor wrong = t.lt(0).logical_or_(t.ge(classes)).logical_and_(valid);
+    TORCH_CHECK(!wrong.any().item<bool>(), "linear_cross_entropy: target ",
+                t.masked_select(wrong)[0].item<int64_t>(), " is out of bounds, expected 0 to ", classes - 1,
+                " or ignore_index ", ignore_index);
+  }
+  const bool mean = reduction == at::Reduction::Mean;
+  const at::Tensor count = valid.sum();
+  const bool gradient = needs[0] || needs[1] || needs[2];
+  at::Tensor grad_input = at::empty({0}, options), grad_weight = at::empty({0}, options),
+             grad_bias = at::empty({0}, options);
+  if (needs[0]) grad_input = at::empty({tokens, x.size(1)}, options);
+  if (needs[1]) grad_weight = at::zeros({classes, x.size(1)}, options);
+  if (needs[2]) grad_bias = at::zeros({classes}, options);
+  at::Tensor loss = at::zeros({}, options);
+  const int64_t rows = std::min(chunk_rows(classes), std::max<int64_t>(tokens, 1));
+  // Rows a multiple of a cache line apart: an odd number of classes would slow the products down.
+  at::Tensor buffer = at::empty({rows, (classes + 15) / 16 * 16}, options);
+  for (int64_t first = 0; first < tokens; first += rows) {
+    const int64_t n = std::min(rows, tokens - first);
+    const at::Tensor part = x.narrow(0, first, n);
+    at::Tensor logits = buffer.narrow(0, 0, n).narrow(1, 0, classes);
+    if (b.defined()) {
+      at::addmm_out(logits, b, part, w.t());
+    } else {
+      at::mm_out(logits, part, w.t());
+    }
+    loss.add_(loss_rows(logits, t.narrow(0, first, n), ignore_index, label_smoothing, 1.0, gradient).sum());
+    if (needs[0]) {
+      at::Tensor grad_part = grad_input.narrow(0, first, n);
+      at::mm_out(grad_part, logits, w);
+    }
+    if (needs[1]) grad_weight.addmm_(logits.t(), part);
+    if (needs[2]) grad_bias.add_(logits.sum(0));
+  }
+  if (mean) {
+    loss.div_(count);  // no target at all: NaN, as in torch
+    for (at::Tensor* grad : {&grad_input, &grad_weight, &grad_bias}) {
+      if (grad->numel() > 0) grad->div_(count);
+    }
+  }
+  return {loss, grad_input.to(input.scalar_type()), grad_weight.to(weight.scalar_type()),
+          grad_bias.to(weight.scalar_type())};
+}
+
+Result forward_meta(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                    const at::Tensor& target, int64_t ignore_index, double label_smoothing, int64_t reduction,
+                    std::array<bool, 3> needs) {
+  check(input, weight, bias, target, label_smoothing, reduction);
+  const at::Tensor none = at::empty({0}, input.options());
+  return {
+      at::empty({}, input.options().dtype(accumulation_type(input.scalar_type()))),
+      needs[0] ? at::empty_symint(input.sym_sizes(), input.options()) : none,
+      needs[1] ? at::empty_symint(weight.sym_sizes(), weight.options()) : at::empty({0}, weight.options()),
+      needs[2] ? at::empty_symint({weight.sym_size(0)}, weight.options()) : at::empty({0}, weight.options())};
+}
+
+at::Tensor linear_cross_entropy_op(const at::Tensor& input, const at::Tensor& weight,
+                                   const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                   int64_t ignore_index, double label_smoothing, int64_t reduction) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::linear_cross_entropy_forward", "")
+                             .typed<decltype(forward)>();
+  return std::get<0>(
+      op.call(input, weight, bias, target, ignore_index, label_smoothing, reduction, {false, false, false}));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(remnant, m) {
+  m.impl("linear_cross_entropy", c10::DispatchKey::CompositeImplicitAutograd,
+         TORCH_FN(linear_cross_entropy_op));
+  m.impl("linear_cross_entropy_forward", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(forward));
+  m.impl("linear_cross_entropy_forward", c10::DispatchKey::Meta, TORCH_FN(forward_meta));
+}
+
+}  // namespace ops
+
+at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                int64_t ignore_index, double label_smoothing, int64_t reduction) {
+  return ops::linear_cross_entropy_op(input, weight, bias, target, ignore_index, label_smoothing, reduction);
+}
+
+}  // namespace remnant
