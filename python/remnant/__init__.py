@@ -1,0 +1,24 @@
+"""Training without keeping activations: PyTorch ops that own what follows a softmax and let its output go.
+
+    import remnant
+    output = remnant.attention(query, key, value, causal=True, policy="recompute")
+
+Everything runs in libremnant.so, the library that C++ programs link; this package loads it and gives
+its ops, which are also at torch.ops.remnant, Python signatures.
+"""
+
+from remnant._library import library_path, version as __version__
+from remnant._ops import (
+    attention,
+    attention_residual_bytes,
+    softmax_approximation,
+    softmax_input_from_output,
+)
+
+__all__ = [
+    "attention",
+    "attention_residual_bytes",
+    "library_path",
+    "softmax_approximation",
+    "softmax_input_from_output",
+]

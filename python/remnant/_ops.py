@@ -1,0 +1,132 @@
+"""Python signatures of the library's ops."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.remnant
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    policy: str = "recompute",
+    window: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    need_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * query key^T + mask), dropout, times value, without keeping the softmax's output.
+
+    The forward is exact under every policy; what differs is what is kept for the backward pass.
+
+    Args:
+        query: [B, H, Nq, D], any strides; float32, float64, bfloat16 or float16.
+        key: [B, Hkv, Nk, D], query's dtype; Hkv divides H (grouped-query heads).
+        value: [B, Hkv, Nk, Dv], query's dtype.
+        mask: broadcastable to [B, H, Nq, Nk]: boolean (True = attend) or floating point (added to the
+            scores; a gradient flows to it).
+        causal: query i attends keys j <= i, aligned top left.
+        dropout: probability of dropping an element of the softmax's output, in [0, 1).
+        scale: multiplies query key^T; 1 / sqrt(D) when None.
+        policy: what is kept of the softmax's output:
+            "exact": all of it. The only policy that can be differentiated twice.
+            "recompute": one log-sum-exp a row; the gradient is exact.
+            "curve:m=4": the m highest and m lowest elements of a row, a decay, and every element's rank;
+                the gradient is approximate and biased. "curve:m=4,paper_text" follows the paper's text,
+                which does not rescale a row to sum 1.
+            "quantized:bits=4": 2, 4 or 8 bits an element, rounded stochastically; the gradient is unbiased.
+        window: (left, right): query i attends keys i - left <= j <= i + right; -1: no bound on that side.
+        generator: source of the dropout and rounding seeds; the device's default generator when None.
+        need_weights: also return the weights before dropout, detached.
+
+    Returns:
+        [B, H, Nq, Dv] in query's dtype; with need_weights also the weights, [B, H, Nq, Nk]. A row with no
+        key to attend gives 0, and gradient 0.
+
+    Saves for backward: query, key, value, the output, and attention_residual_bytes(...) bytes; a mask,
+    where given. Dropout keeps a seed of 16 bytes. Nothing under torch.no_grad().
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or options that do not fit, naming the argument, what was
+            expected and what was got; a double backward under any policy but "exact".
+    """
+    op = _ops.attention_with_weights if need_weights else _ops.attention
+    return op(query, key, value, mask, causal, dropout, scale, policy, window, generator)
+
+
+def attention_residual_bytes(policy: str, rows: int, keys: int, element_bytes: int, dropout: bool = False) -> int:
+    """Bytes that attention keeps for backward beyond query, key, value, output and mask.
+
+    Args:
+        policy: as in attention.
+        rows: B * H * Nq.
+        keys: Nk.
+        element_bytes: size of one element of the inputs' dtype.
+        dropout: whether dropout is on.
+
+    Raises:
+        RuntimeError: a policy that does not parse, or a negative size.
+    """
+    return _ops.attention_residual_bytes(policy, rows, keys, element_bytes, dropout)
+
+
+class _SoftmaxApproximation:
+    """softmax over the last dimension that keeps a curve instead of its output.
+
+    Called as softmax_approximation(energy, mask, m) or softmax_approximation.apply(energy, mask, m).
+
+    Args:
+        energy: [..., n], any floating dtype.
+        mask: broadcastable to energy, boolean (True = keep), or None. Masked elements give 0, a fully
+            masked row gives 0 everywhere.
+        m: how many of the highest and of the lowest elements of a row are kept; >= 1.
+        paper_text: follow the paper's text, which does not rescale a row to sum 1.
+
+    Returns:
+        softmax(energy), energy's shape and dtype. Its gradient is approximate and biased.
+
+    Saves for backward: 2 m + 1 floats and n ceil(log2 n) bits of ranks a row. The product
+    `weights @ value` that usually follows keeps the output all the same, for value's gradient: only
+    remnant.attention, which owns that product, can let it go.
+
+    Raises:
+        RuntimeError: a mask that does not broadcast, m < 1, a dtype that is not floating, or a double
+            backward.
+    """
+
+    def __call__(self, energy: Tensor, mask: Tensor | None = None, m: int = 5, *, paper_text: bool = False) -> Tensor:
+        return _ops.softmax_approximation(energy, mask, m, paper_text)
+
+    def apply(self, energy: Tensor, mask: Tensor | None = None, m: int = 5) -> Tensor:
+        """The same, in the spelling of torch.autograd.Function."""
+        return self(energy, mask, m)
+
+    def __repr__(self) -> str:
+        return "remnant.softmax_approximation"
+
+
+softmax_approximation = _SoftmaxApproximation()
+softmax_approximation.__doc__ = _SoftmaxApproximation.__doc__
+
+
+def softmax_input_from_output(output: Tensor, lse: Tensor) -> Tensor:
+    """The softmax's input, ln(output) + lse, from its output and lse = log sum exp(input).
+
+    Args:
+        output: [..., n], a softmax's output over the last dimension; floating.
+        lse: [...], the same dtype.
+
+    Returns:
+        [..., n]; -inf where output is 0.
+
+    Raises:
+        RuntimeError: lse's shape is not output's without the last dimension.
+    """
+    return _ops.softmax_input_from_output(output, lse)
