@@ -11,6 +11,8 @@ from remnant._library import library_path, version as __version__
 from remnant._ops import (
     attention,
     attention_residual_bytes,
+    dropout,
+    linear_cross_entropy,
     softmax_approximation,
     softmax_input_from_output,
 )
@@ -18,7 +20,9 @@ from remnant._ops import (
 __all__ = [
     "attention",
     "attention_residual_bytes",
+    "dropout",
     "library_path",
+    "linear_cross_entropy",
     "softmax_approximation",
     "softmax_input_from_output",
 ]

@@ -77,6 +77,63 @@ def attention_residual_bytes(policy: str, rows: int, keys: int, element_bytes: i
     return _ops.attention_residual_bytes(policy, rows, keys, element_bytes, dropout)
 
 
+def dropout(input: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """Zeroes each element with probability `p` and divides the others by the keep rate.
+
+    Args:
+        input: any shape and floating dtype.
+        p: in [0, 1). 16 random bits decide an element, so the realised rate is round(65536 p) / 65536.
+        generator: source of the seed; the device's default generator when None.
+
+    Returns:
+        input's shape and dtype; `input` itself when p is 0.
+
+    Saves for backward: a 16-byte seed, from which the mask is drawn again.
+
+    Raises:
+        RuntimeError: p outside of [0, 1), or a dtype that is not floating.
+    """
+    return _ops.dropout(input, p, generator)
+
+
+_REDUCTIONS = {"mean": 1, "sum": 2}
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """cross_entropy(linear(input, weight, bias), target) that never makes the [N, V] logits. Exact.
+
+    Args:
+        input: [N, K], floating.
+        weight: [V, K], input's dtype.
+        bias: [V] or None.
+        target: [N], int64, in [0, V) or ignore_index.
+        reduction: "mean" over the targets that are not ignored, or "sum".
+
+    Returns:
+        A scalar, float32 (float64 for float64).
+
+    Saves for backward: the gradients of input, weight and bias, where wanted.
+
+    Raises:
+        ValueError: an unknown reduction.
+        RuntimeError: shapes or dtypes that do not fit, a target out of bounds, or a double backward.
+    """
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
+    return _ops.linear_cross_entropy(
+        input, weight, bias, target, ignore_index, label_smoothing, _REDUCTIONS[reduction]
+    )
+
+
 class _SoftmaxApproximation:
     """softmax over the last dimension that keeps a curve instead of its output.
 
@@ -92,7 +149,7 @@ class _SoftmaxApproximation:
     Returns:
         softmax(energy), energy's shape and dtype. Its gradient is approximate and biased.
 
-    Saves for backward: 2 m + 1 floats and n ceil(log2 n) bits of ranks a row. The product
+    Saves for backward: 2 m + 2 floats and n ceil(log2 n) bits of ranks a row. The product
     `weights @ value` that usually follows keeps the output all the same, for value's gradient: only
     remnant.attention, which owns that product, can let it go.
 

@@ -3,11 +3,13 @@
 #include "kernels/cpu/attention_kernels.h"
 #include "ops/attention_common.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/randint.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -141,10 +143,16 @@ at::Tensor draw_seed(const at::Tensor& like, const std::optional<at::Generator>&
 
 namespace {
 
+// Autocast chose the inputs' dtype before; products inside an op must not be cast again.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const std::optional<at::Tensor>& mask, bool causal, double dropout, double scale,
                       c10::string_view policy, at::IntArrayRef window, bool keep,
                       const std::optional<at::Generator>& generator, bool fused) {
+  const NoAutocast no_autocast;
   check_attention(query, key, value, mask, dropout, window);
   const AttentionCall call = make_call(mask, causal, dropout, scale, std::string(policy), window);
   AttentionResiduals residuals = empty_residuals(query, key, call, keep);
@@ -197,11 +205,6 @@ ForwardResult forward_meta(const at::Tensor& query, const at::Tensor& key, const
   return {output, residuals.lse, residuals.probabilities, residuals.codes, residuals.table, residuals.seed};
 }
 
-struct BackwardSchemaInputs {
-  BackwardInputs inputs;
-  AttentionCall call;
-};
-
 BackwardInputs backward_inputs(const at::Tensor& grad_output, const std::optional<at::Tensor>& query,
                                const std::optional<at::Tensor>& key, const std::optional<at::Tensor>& value,
                                const std::optional<at::Tensor>& output, const at::Tensor& lse,
@@ -226,6 +229,7 @@ BackwardResult backward(const at::Tensor& grad_output, const std::optional<at::T
                         const at::Tensor& table, const at::Tensor& seed, int64_t kv_heads, int64_t keys,
                         bool causal, double dropout, double scale, c10::string_view policy,
                         at::IntArrayRef window, std::array<bool, 4> needs, bool fused) {
+  const NoAutocast no_autocast;
   const AttentionCall call = make_call(mask, causal, dropout, scale, std::string(policy), window);
   const BackwardInputs inputs = backward_inputs(grad_output, query, key, value, output, lse, probabilities,
                                                 codes, table, seed, kv_heads, keys, needs);
@@ -308,6 +312,15 @@ at::Tensor attention_op(const at::Tensor& query, const at::Tensor& key, const at
                                   window.value_or(at::IntArrayRef{}), generator));
 }
 
+using Weights = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, bool,
+                           double, at::IntArrayRef);
+
+c10::TypedOperatorHandle<Weights> weights_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("remnant::attention_weights", "").typed<Weights>();
+  return op;
+}
+
 std::tuple<at::Tensor, at::Tensor> attention_with_weights_op(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const std::optional<at::Tensor>& mask, bool causal, double dropout, const std::optional<double> scale,
@@ -316,21 +329,25 @@ std::tuple<at::Tensor, at::Tensor> attention_with_weights_op(
   const at::Tensor output =
       std::get<0>(call_forward(query, key, value, mask, causal, dropout, scale, policy, bounds, generator));
   const at::NoGradGuard no_grad;
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("remnant::attention_weights", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, bool,
-                            double, at::IntArrayRef)>();
   std::optional<at::Tensor> detached_mask;
   if (mask.has_value()) detached_mask = mask->detach();
-  return {output,
-          op.call(query.detach(), key.detach(), detached_mask, causal, default_scale(query, scale), bounds)};
+  return {output, weights_op().call(query.detach(), key.detach(), detached_mask, causal,
+                                    default_scale(query, scale), bounds)};
 }
 
 at::Tensor weights(const at::Tensor& query, const at::Tensor& key, const std::optional<at::Tensor>& mask,
                    bool causal, double scale, at::IntArrayRef window) {
+  const NoAutocast no_autocast;
   check_attention(query, key, key, mask, 0.0, window);
   return composite_weights(query, key, make_call(mask, causal, 0.0, scale, "recompute", window));
+}
+
+// Weights are detached by definition: nothing is recorded, nothing kept.
+at::Tensor weights_autograd(const at::Tensor& query, const at::Tensor& key,
+                            const std::optional<at::Tensor>& mask, bool causal, double scale,
+                            at::IntArrayRef window) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return weights_op().call(query, key, mask, causal, scale, window);
 }
 
 at::Tensor weights_meta(const at::Tensor& query, const at::Tensor& key, const std::optional<at::Tensor>& mask,
@@ -354,6 +371,7 @@ TORCH_LIBRARY_FRAGMENT(remnant, m) {
          TORCH_FN(attention_with_weights_op));
   m.impl("attention_weights", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(weights));
   m.impl("attention_weights", c10::DispatchKey::Meta, TORCH_FN(weights_meta));
+  m.impl("attention_weights", c10::DispatchKey::Autograd, TORCH_FN(weights_autograd));
   m.impl("attention_forward", c10::DispatchKey::CPU, TORCH_FN(forward_cpu));
   m.impl("attention_forward", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(forward_composite));
   m.impl("attention_forward", c10::DispatchKey::Meta, TORCH_FN(forward_meta));
@@ -388,7 +406,7 @@ int64_t attention_residual_bytes(const Policy& policy, int64_t rows, int64_t key
   TORCH_CHECK(rows >= 0 && keys >= 0, "attention_residual_bytes: rows and keys must not be negative, got ",
               rows, " and ", keys);
   const int64_t wide = std::max<int64_t>(element_bytes, 4);
-  const int64_t seed = dropout && rows * keys > 0 ? 16 : 0;
+  const int64_t seed = dropout ? 16 : 0;
   switch (policy.kind) {
     case PolicyKind::exact:
       return rows * keys * element_bytes + seed;

@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -67,9 +68,12 @@ at::Tensor outside_window(const AttentionCall& call, int64_t first, int64_t rows
   return outside;
 }
 
+// A number as a tensor: with half types, a plain Scalar would be rounded to the half type first.
+at::Tensor precise(double x) { return at::scalar_tensor(x, at::kDouble); }
+
 // In place score -> scale * score + mask.
 void mask_scores_(at::Tensor scores, const AttentionCall& call, int64_t first) {
-  scores.mul_(call.scale);
+  scores.mul_(precise(call.scale));
   if (call.mask.has_value()) {
     const at::Tensor mask = mask_rows(*call.mask, first, scores.size(2));
     if (mask.scalar_type() == at::kBool) {
@@ -89,9 +93,11 @@ at::Tensor masked_scores(const at::Tensor& query, const at::Tensor& key, const A
   return scores;
 }
 
-// exp(z - lse), 0 in rows that attend nothing.
-at::Tensor probabilities_from(const at::Tensor& scores, const at::Tensor& lse) {
+// exp(z - lse), 0 in rows that attend nothing. Without a mask no row is such: scores of -Inf throughout
+// come from Inf in the inputs, and the NaN they give must reach the output.
+at::Tensor probabilities_from(const at::Tensor& scores, const at::Tensor& lse, const AttentionCall& call) {
   const at::Tensor column = lse.unsqueeze(-1);
+  if (!may_empty_rows(call)) return scores.sub(column).exp_();
   return scores.sub(column.masked_fill(column.eq(kNothing), 0)).exp_();
 }
 
@@ -100,6 +106,11 @@ at::Tensor widen(const at::Tensor& x, at::ScalarType type) { return x.defined() 
 AttentionCall widen_mask(AttentionCall call, at::ScalarType type) {
   if (call.mask.has_value() && call.mask->scalar_type() != at::kBool) call.mask = call.mask->to(type);
   return call;
+}
+
+// The declared layout of gradients, heads beside each other in a row.
+at::Tensor merged(const at::Tensor& x, at::ScalarType type) {
+  return x.defined() ? x.to(type).transpose(1, 2).contiguous().transpose(1, 2) : x;
 }
 
 // Adds dz, summed over the mask's broadcast axes, to the mask's gradient.
@@ -136,7 +147,7 @@ at::Tensor composite_forward(const at::Tensor& query, const at::Tensor& key, con
     const int64_t rows = std::min(block, queries - first);
     const at::Tensor scores = masked_scores(q, k, wide_call, first, rows);
     const at::Tensor lse = scores.logsumexp({-1});
-    at::Tensor p = probabilities_from(scores, lse);
+    at::Tensor p = probabilities_from(scores, lse, call);
     const auto keep_rows = [&](at::Tensor& whole, const at::Tensor& part) {
       if (whole.dim() > 1) whole.narrow(2, first, rows).copy_(part);
     };
@@ -199,7 +210,7 @@ BackwardResult composite_backward(const BackwardInputs& inputs, const AttentionC
     const auto part = [&](const at::Tensor& x) { return x.narrow(2, first, rows); };
     at::Tensor p;
     if (call.policy.kind == PolicyKind::recompute) {
-      p = probabilities_from(masked_scores(q, k, wide_call, first, rows), part(inputs.kept.lse));
+      p = probabilities_from(masked_scores(q, k, wide_call, first, rows), part(inputs.kept.lse), call);
     } else if (call.policy.kind == PolicyKind::curve) {
       p = curve_decode(part(inputs.kept.codes), part(inputs.kept.table), keys, call.policy.m,
                        call.policy.paper_text);
@@ -228,7 +239,7 @@ BackwardResult composite_backward(const BackwardInputs& inputs, const AttentionC
   }
   if (inputs.needs[1]) grad_key = sum_heads(grad_key, inputs.kv_heads);
   if (inputs.needs[2]) grad_value = sum_heads(grad_value, inputs.kv_heads);
-  return {widen(grad_query, out_type), widen(grad_key, out_type), widen(grad_value, out_type), grad_mask};
+  return {merged(grad_query, out_type), merged(grad_key, out_type), merged(grad_value, out_type), grad_mask};
 }
 
 at::Tensor exact_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -273,7 +284,7 @@ BackwardResult exact_backward(const BackwardInputs& inputs, const AttentionCall&
       grad_mask = at::zeros(call.mask->sizes(), g.options());
       accumulate_mask_gradient(grad_mask, dz, 0);
     }
-    dz.mul_(call.scale);
+    dz.mul_(precise(call.scale));
     if (inputs.needs[0]) grad_query = at::matmul(dz, repeat_heads(inputs.key, heads));
     if (inputs.needs[1])
       grad_key = sum_heads(at::matmul(dz.transpose(-2, -1), inputs.query), inputs.kv_heads);
@@ -286,11 +297,8 @@ BackwardResult exact_backward(const BackwardInputs& inputs, const AttentionCall&
     }
     grad_value = sum_heads(at::matmul(dropped.transpose(-2, -1), g), inputs.kv_heads);
   }
-  // The declared layout of the gradients, heads beside each other in a row.
-  const auto merged = [](const at::Tensor& x) {
-    return x.defined() ? x.transpose(1, 2).contiguous().transpose(1, 2) : x;
-  };
-  return {merged(grad_query), merged(grad_key), merged(grad_value), grad_mask};
+  const auto type = g.scalar_type();
+  return {merged(grad_query, type), merged(grad_key, type), merged(grad_value, type), grad_mask};
 }
 
 BackwardResult exact_backward_differentiable(const BackwardInputs& inputs, const AttentionCall& call) {
@@ -300,7 +308,7 @@ BackwardResult exact_backward_differentiable(const BackwardInputs& inputs, const
   at::Tensor p = inputs.kept.probabilities;
   if (needs_scores) {
     const at::Tensor key = repeat_heads(inputs.key, heads);
-    at::Tensor scores = at::matmul(inputs.query, key.transpose(-2, -1)).mul(call.scale);
+    at::Tensor scores = at::matmul(inputs.query, key.transpose(-2, -1)).mul(precise(call.scale));
     at::Tensor blocked = outside_window(call, 0, g.size(2), inputs.keys, g.device());
     if (call.mask.has_value()) {
       if (call.mask->scalar_type() == at::kBool) {
@@ -329,9 +337,11 @@ BackwardResult exact_backward_differentiable(const BackwardInputs& inputs, const
     at::Tensor a = at::matmul(g, repeat_heads(inputs.value, heads).transpose(-2, -1));
     if (drop.defined()) a = a.mul(drop);
     const at::Tensor dz = p.mul(a.sub(p.mul(a).sum(-1, true)));
-    if (inputs.needs[0]) grad_query = at::matmul(dz, repeat_heads(inputs.key, heads)).mul(call.scale);
+    if (inputs.needs[0])
+      grad_query = at::matmul(dz, repeat_heads(inputs.key, heads)).mul(precise(call.scale));
     if (inputs.needs[1]) {
-      grad_key = sum_heads(at::matmul(dz.transpose(-2, -1), inputs.query).mul(call.scale), inputs.kv_heads);
+      grad_key =
+          sum_heads(at::matmul(dz.transpose(-2, -1), inputs.query).mul(precise(call.scale)), inputs.kv_heads);
     }
     if (inputs.needs[3]) {
       std::vector<int64_t> broadcast;
@@ -359,7 +369,7 @@ at::Tensor composite_weights(const at::Tensor& query, const at::Tensor& key, con
   for (int64_t first = 0; first < q.size(2); first += block) {
     const int64_t rows = std::min(block, q.size(2) - first);
     const at::Tensor scores = masked_scores(q, k, wide_call, first, rows);
-    weights.narrow(2, first, rows).copy_(probabilities_from(scores, scores.logsumexp({-1})));
+    weights.narrow(2, first, rows).copy_(probabilities_from(scores, scores.logsumexp({-1}), call));
   }
   return weights;
 }

@@ -206,10 +206,10 @@ at::Tensor softmax_approximation(const at::Tensor& energy, const std::optional<a
 }
 
 at::Tensor softmax_input_from_output(const at::Tensor& output, const at::Tensor& lse) {
-  TORCH_CHECK(output.dim() == lse.dim() + 1,
-              "softmax_input_from_output: lse must have the output's shape without its "
-              "last dimension, got output ",
-              output.sizes(), " and lse ", lse.sizes());
+  TORCH_CHECK(
+      output.dim() == lse.dim() + 1 && output.sizes().slice(0, lse.dim()) == lse.sizes(),
+      "softmax_input_from_output: lse must have the output's shape without its last dimension, got output ",
+      output.sizes(), " and lse ", lse.sizes());
   return output.log().add(lse.unsqueeze(-1));
 }
 

@@ -57,8 +57,7 @@ REMNANT_API std::tuple<at::Tensor, at::Tensor> attention_with_weights(const at::
 
 /// Bytes that `attention` keeps for backward beyond query, key, value, output and mask: the closed
 /// form that the tests hold against measurement. rows = B * H * Nq, keys = Nk;
-/// element_bytes: size of one element of the input dtype. With dropout or rounding 16 bytes of seed are
-/// added.
+/// element_bytes: size of one element of the input dtype. Dropout adds 16 bytes of seed.
 REMNANT_API int64_t attention_residual_bytes(const Policy& policy, int64_t rows, int64_t keys,
                                              int64_t element_bytes, bool dropout);
 

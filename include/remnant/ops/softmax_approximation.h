@@ -13,7 +13,7 @@ namespace remnant {
 /// NeurIPS 2023, Alg. 1), for programs that keep their own matrix products.
 ///
 /// energy [..., n], any floating dtype; mask boolean (true = keep) or absent, broadcastable to
-/// energy; masked elements give 0, a fully masked row gives 0 everywhere. Saves for backward: 2m + 1
+/// energy; masked elements give 0, a fully masked row gives 0 everywhere. Saves for backward: 2m + 2
 /// floats and n ceil(log2 n) bits of ranks a row; O(n) work a row in backward.
 ///
 /// What it cannot save: the product `weights @ v` that usually follows keeps its own copy of the

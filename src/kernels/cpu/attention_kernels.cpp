@@ -71,6 +71,24 @@ void mask_row(const AttentionProblem<T>& problem, int64_t b, int64_t h, int64_t 
   }
 }
 
+// Whether the masks leave row i any key: scores of -Inf throughout then come from Inf in the inputs.
+template <typename T>
+bool attends(const AttentionProblem<T>& problem, int64_t b, int64_t h, int64_t i) {
+  const Range range = row_range(problem, i);
+  const MaskView<T>& mask = problem.mask;
+  const int64_t offset = b * mask.batch + h * mask.head + i * mask.row;
+  for (int64_t j = range.begin; j < range.end; ++j) {
+    if (mask.kind == MaskKind::none) return true;
+    const int64_t at = offset + j * mask.column;
+    if (mask.kind == MaskKind::boolean
+            ? static_cast<const uint8_t*>(mask.data)[at] != 0
+            : static_cast<const T*>(mask.data)[at] != -std::numeric_limits<T>::infinity()) {
+      return true;
+    }
+  }
+  return false;
+}
+
 // In place z -> p; returns lse, -inf for a row that attends nothing (its p is 0).
 template <typename T>
 T softmax_row(T* row, int64_t keys) {
@@ -168,15 +186,18 @@ void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_
     for (int64_t r = 0; r < rows; ++r) {
       T* row = scores + r * width;
       mask_row(problem, b, h, first + r, range, row);
+      T* logits = scratch.products;
+      if (problem.keep == Keep::curve) std::memcpy(logits, row, static_cast<size_t>(width) * sizeof(T));
+      T lse = softmax_row(row, width);
+      if (lse == -std::numeric_limits<T>::infinity() && attends(problem, b, h, first + r)) {
+        lse = std::numeric_limits<T>::quiet_NaN();
+        for (int64_t j = 0; j < width; ++j) logits[j] = row[j] = lse;
+      }
       if (problem.keep == Keep::curve) {
-        T* logits = scratch.products;
-        std::memcpy(logits, row, static_cast<size_t>(width) * sizeof(T));
-        softmax_row(row, width);
         curve_encode_row(logits, row, width, problem.m, problem.codes + (row0 + r) * problem.code_bytes,
                          problem.table + (row0 + r) * problem.table_width, scratch.curve);
         continue;
       }
-      const T lse = softmax_row(row, width);
       if (problem.keep == Keep::lse) {
         problem.lse[row0 + r] = lse;
       } else if (problem.keep == Keep::codes) {

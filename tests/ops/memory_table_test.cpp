@@ -1,0 +1,108 @@
+// docs/memory.md, "What each op keeps": every row of the table is measured here.
+
+#include <remnant/memory.h>
+#include <remnant/ops/attention.h>
+#include <remnant/ops/dropout.h>
+#include <remnant/ops/linear_cross_entropy.h>
+#include <remnant/ops/softmax_approximation.h>
+
+#include <ATen/ops/ones.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/randn.h>
+#include <gtest/gtest.h>
+
+namespace remnant {
+namespace {
+
+struct Shape {
+  int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;
+};
+
+const Shape kShapes[] = {{2, 4, 4, 40, 40, 8, 8}, {1, 4, 2, 17, 300, 16, 4}, {3, 2, 1, 5, 1, 4, 4}};
+
+int64_t measured(const Shape& s, const Policy& policy, double dropout, at::ScalarType type) {
+  const auto options = at::TensorOptions().dtype(type);
+  const at::Tensor q = at::randn({s.batch, s.heads, s.queries, s.dim}, options).requires_grad_();
+  const at::Tensor k = at::randn({s.batch, s.kv_heads, s.keys, s.dim}, options).requires_grad_();
+  const at::Tensor v = at::randn({s.batch, s.kv_heads, s.keys, s.value_dim}, options).requires_grad_();
+  AttentionOptions call;
+  call.policy = policy;
+  call.dropout = dropout;
+  // q, k and v are leaves and left out; the output is taken out by name.
+  const at::Tensor output = attention(q, k, v, call);
+  return memory::kept_bytes({output}, {output});
+}
+
+TEST(MemoryTable, AttentionKeepsWhatTheClosedFormSays) {
+  for (const Shape& s : kShapes) {
+    for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+      for (const char* text : {"exact", "recompute", "curve:m=1", "curve:m=4", "curve:m=4,paper_text",
+                               "curve:m=200", "quantized:bits=2", "quantized:bits=4", "quantized:bits=8"}) {
+        for (double dropout : {0.0, 0.1}) {
+          const Policy policy = Policy::parse(text);
+          EXPECT_EQ(measured(s, policy, dropout, type),
+                    attention_residual_bytes(policy, s.batch * s.heads * s.queries, s.keys,
+                                             static_cast<int64_t>(c10::elementSize(type)), dropout > 0))
+              << text << " " << type << " dropout " << dropout;
+        }
+      }
+    }
+  }
+}
+
+TEST(MemoryTable, TheClosedFormInNumbers) {
+  // 1,000 rows of 40 keys in float32, as in the paper's translation model.
+  EXPECT_EQ(attention_residual_bytes(Policy::exact(), 1000, 40, 4, false), 160000);
+  EXPECT_EQ(attention_residual_bytes(Policy::recompute(), 1000, 40, 4, false), 4000);
+  EXPECT_EQ(attention_residual_bytes(Policy::recompute(), 1000, 40, 4, true), 4016);
+  EXPECT_EQ(attention_residual_bytes(Policy::curve(4), 1000, 40, 4, false), 1000 * (30 + 40));
+  EXPECT_EQ(attention_residual_bytes(Policy::quantized(4), 1000, 40, 4, false), 1000 * (20 + 4));
+  // The bound: n = 1000, m = 10 keeps at most 17 % of softmax input and output.
+  EXPECT_LE(attention_residual_bytes(Policy::curve(10), 1, 1000, 4, false), 0.17 * 2 * 4 * 1000);
+}
+
+TEST(MemoryTable, NothingIsKeptWithoutAGradient) {
+  const at::Tensor q = at::randn({1, 2, 8, 4}), k = at::randn({1, 2, 8, 4});
+  EXPECT_FALSE(attention(q, k, k).requires_grad());
+  // Frozen query and key: recompute needs both and lse, curve only its codes; neither value nor output.
+  const at::Tensor v = at::randn({1, 2, 8, 4}).requires_grad_();
+  AttentionOptions options;
+  at::Tensor output = attention(q, k, v, options);
+  EXPECT_EQ(memory::kept_bytes({output}), 2 * 64 * 4 + 16 * 4);
+  options.policy = Policy::curve(2);
+  output = attention(q, k, v, options);
+  EXPECT_EQ(memory::kept_bytes({output}), attention_residual_bytes(options.policy, 16, 8, 4, false));
+}
+
+TEST(MemoryTable, SoftmaxApproximation) {
+  const at::Tensor energy = at::randn({2, 3, 40}).requires_grad_();
+  const at::Tensor weights = softmax_approximation(energy, std::nullopt, 4);
+  EXPECT_EQ(memory::kept_bytes({weights}), 6 * (30 + 4 * 10));
+}
+
+TEST(MemoryTable, Dropout) {
+  const at::Tensor x = at::randn({100, 33}).requires_grad_();
+  EXPECT_EQ(memory::kept_bytes({dropout(x, 0.1)}), 16);
+}
+
+TEST(MemoryTable, LinearCrossEntropy) {
+  const at::Tensor x = at::randn({50, 8}).requires_grad_();
+  const at::Tensor w = at::randn({700, 8}).requires_grad_();
+  const at::Tensor b = at::randn({700}).requires_grad_();
+  const at::Tensor target = at::randint(0, 700, {50});
+  EXPECT_EQ(memory::kept_bytes({linear_cross_entropy(x, w, b, target)}), 4 * (50 * 8 + 700 * 8 + 700));
+  EXPECT_EQ(memory::kept_bytes({linear_cross_entropy(x, w.detach(), b.detach(), target)}), 4 * 50 * 8);
+}
+
+TEST(MemoryTable, RecomputeForwardNeverAllocatesTheWholeMatrix) {
+  const int64_t n = 2048;
+  const at::Tensor q = at::randn({1, 1, n, 16}).requires_grad_();
+  memory::PeakMeter meter;
+  const at::Tensor output = attention(q, q, q);
+  EXPECT_LT(meter.peak_bytes(), n * n * 4 / 2);
+  output.sum().backward();
+  EXPECT_LT(meter.peak_bytes(), n * n * 4 / 2);
+}
+
+}  // namespace
+}  // namespace remnant

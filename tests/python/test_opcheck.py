@@ -1,0 +1,189 @@
+"""torch's own checks of custom ops: schemas, autograd registration, fake tensors, tracing."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import remnant
+
+ops = torch.ops.remnant
+POLICIES = ["exact", "recompute", "curve:m=3"]  # without dropout deterministic, which opcheck wants
+MASKS = ["none", "boolean", "additive"]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def samples(mask, requires_grad, dtype=torch.float32, kv_heads=2):
+    torch.manual_seed(0)
+
+    def make(*shape):
+        return torch.randn(shape, dtype=dtype, requires_grad=requires_grad)
+
+    q, k, v = make(2, 4, 6, 4), make(2, kv_heads, 7, 4), make(2, kv_heads, 7, 5)
+    masks = {"none": lambda: None, "boolean": lambda: torch.rand(2, 1, 6, 7) < 0.8, "additive": lambda: make(6, 7)}
+    return q, k, v, masks[mask]()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("op", [ops.attention.default, ops.attention_with_weights.default], ids=str)
+def test_attention(op, policy, mask, requires_grad):
+    q, k, v, m = samples(mask, requires_grad)
+    opcheck(op, (q, k, v), dict(mask=m, causal=mask != "none", policy=policy, window=[3, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_in_other_dtypes(dtype):
+    q, k, v, m = samples("additive", True, dtype)
+    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    for policy in POLICIES:
+        opcheck(ops.attention.default, (q, k, v, m), dict(policy=policy), test_utils=utilities)
+
+
+@pytest.mark.parametrize("policy", POLICIES + ["quantized:bits=4"])
+def test_attention_with_random_draws(policy):
+    q, k, v, m = samples("boolean", True)
+    options = dict(mask=m, dropout=0.3, policy=policy)
+    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    opcheck(ops.attention.default, (q, k, v), options, test_utils=utilities)
+
+
+def forward_arguments(mask, policy, requires_grad, keep=True, kv_heads=2):
+    q, k, v, m = samples(mask, requires_grad, kv_heads=kv_heads)
+    return q, k, v, m, True, 0.0, 0.5, policy, [3, 1], keep
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_attention_forward(policy, mask, requires_grad):
+    opcheck(ops.attention_forward.default, forward_arguments(mask, policy, requires_grad))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_attention_forward_that_keeps_nothing(policy):
+    opcheck(ops.attention_forward.default, forward_arguments("boolean", policy, False, keep=False))
+
+
+NEEDS = [[True, True, True, True], [True, True, True, False], [False, False, True, False], [True, False, False, False]]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_attention_backward(policy, needs, kv_heads):
+    q, k, v, m, *rest = forward_arguments("additive", policy, False, kv_heads=kv_heads)
+    output, *kept = ops.attention_forward(q, k, v, m, *rest)
+    causal, dropout, scale, _, window, _ = rest
+    kept_output = output if policy == "recompute" else None
+    opcheck(
+        ops.attention_backward.default,
+        (torch.randn_like(output), q, k, v, m, kept_output, *kept, kv_heads, 7, causal, dropout, scale, policy, window,
+         needs),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_attention_weights(mask, requires_grad):
+    q, k, _, m = samples(mask, requires_grad)
+    opcheck(ops.attention_weights.default, (q, k, m, True, 0.5, [3, 1]))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_softmax_approximation(mask, requires_grad):
+    torch.manual_seed(0)
+    energy = torch.randn(3, 5, 9, requires_grad=requires_grad)
+    m = torch.rand(5, 9) < 0.7 if mask else None
+    for paper_text in (False, True):
+        opcheck(ops.softmax_approximation.default, (energy, m, 2, paper_text))
+    opcheck(ops.softmax_approximation_forward.default, (energy, m, 2, True))
+    opcheck(ops.softmax_approximation_forward.default, (energy.detach(), m, 2, False))
+    _, codes, table = ops.softmax_approximation_forward(energy.detach(), m, 2, True)
+    opcheck(ops.softmax_approximation_backward.default, (torch.randn(3, 5, 9), codes, table, 2, False))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_softmax_input_from_output(requires_grad):
+    output = torch.rand(3, 4).add_(0.1).requires_grad_(requires_grad)
+    opcheck(ops.softmax_input_from_output.default, (output, torch.rand(3, requires_grad=requires_grad)))
+
+
+# --- torch.compile ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES + ["quantized:bits=4"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_compiled_code_gives_the_same(policy, mask):
+    torch._dynamo.reset()
+    q, k, v, m = samples(mask, True)
+
+    def function(q, k, v, m):
+        return remnant.attention(q * 2, k, v, mask=m, causal=True, policy=policy).square()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    wanted = [x for x in (q, k, v, m) if x is not None and x.requires_grad]
+    results = []
+    for run in (function, compiled):
+        torch.manual_seed(1)
+        o = run(q, k, v, m)
+        results.append([o, *torch.autograd.grad(o.sum(), wanted)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_dropout_and_weights():
+    torch._dynamo.reset()
+    q, k, v, _ = samples("none", True)
+
+    def function(q, k, v):
+        return remnant.attention(q, k, v, dropout=0.4, need_weights=True)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (function, compiled):
+        torch.manual_seed(1)
+        o, weights = run(q, k, v)
+        results.append([o, weights, *torch.autograd.grad(o.square().sum(), [q, k, v])])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_softmax_approximation():
+    torch._dynamo.reset()
+    energy = torch.randn(3, 5, 40, requires_grad=True)
+    mask = torch.rand(5, 40) < 0.7
+
+    def function(energy):
+        return remnant.softmax_approximation(energy * 2, mask, 3).square()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for x, y in zip(
+        torch.autograd.grad(function(energy).sum(), energy), torch.autograd.grad(compiled(energy).sum(), energy),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(x, y)
+
+
+def test_compiled_code_takes_other_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k, v: remnant.attention(q, k, v, causal=True), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for n in (5, 8, 13):
+        q, k, v = (torch.randn(2, 2, n, 4, requires_grad=True) for _ in range(3))
+        want = remnant.attention(q, k, v, causal=True)
+        got = compiled(q, k, v)
+        torch.testing.assert_close(got, want)
+        for x, y in zip(
+            torch.autograd.grad(got.sum(), [q, k, v]), torch.autograd.grad(want.sum(), [q, k, v]), strict=True
+        ):
+            torch.testing.assert_close(x, y)
