@@ -1,0 +1,208 @@
+#include "translate/data.h"
+
+#include "common/captions.h"
+#include "common/error.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/eq.h>
+#include <unicode/utf8.h>
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <utility>
+
+namespace remnant::app::translate {
+namespace {
+
+/// Batches are cut from pools of this many batches, sorted: long enough that a batch holds one
+/// length, short enough that a batch's company changes from epoch to epoch.
+constexpr int64_t kPool = 50;
+
+// std::shuffle and std::uniform_int_distribution may differ between standard libraries.
+template <typename T>
+void shuffle(std::vector<T>& items, std::mt19937_64& random) {
+  for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[random() % i]);
+}
+
+std::vector<std::vector<int64_t>> cut(const std::vector<int64_t>& rows, int64_t size) {
+  std::vector<std::vector<int64_t>> batches;
+  const int64_t total = static_cast<int64_t>(rows.size());
+  for (int64_t first = 0; first < total; first += size) {
+    batches.emplace_back(rows.begin() + first, rows.begin() + std::min(first + size, total));
+  }
+  return batches;
+}
+
+Corpus captions_corpus(const CorpusSource& from) {
+  const bool german_first = from.source_language == "de" && from.target_language == "en";
+  const bool english_first = from.source_language == "en" && from.target_language == "de";
+  if (!german_first && !english_first) {
+    throw UsageError(
+        "the captions corpus is German-English: --source and --target should be de and en, got " +
+        from.source_language + " and " + from.target_language);
+  }
+  Captions captions = generate_captions(from.pairs);
+  if (english_first) {
+    for (ParallelText* text : {&captions.train, &captions.validation, &captions.test}) {
+      std::swap(text->source, text->target);
+    }
+  }
+  return {std::move(captions.train), std::move(captions.validation), std::move(captions.test)};
+}
+
+}  // namespace
+
+Corpus load_corpus(const CorpusSource& from) {
+  if (from.data == "captions") return captions_corpus(from);
+  const auto read = [&](const std::string& split) {
+    return read_parallel(from.data, split, from.source_language, from.target_language);
+  };
+  return {read("train"), read("val"), read("test")};
+}
+
+ParallelText load_split(const CorpusSource& from, const std::string& split) {
+  const std::vector<std::string> names{"train", "val", "test"};
+  if (std::find(names.begin(), names.end(), split) == names.end()) {
+    throw UsageError("--split should be train, val or test, got '" + split + "'");
+  }
+  if (from.data != "captions")
+    return read_parallel(from.data, split, from.source_language, from.target_language);
+  Corpus corpus = captions_corpus(from);
+  return std::move(split == "train" ? corpus.train : split == "val" ? corpus.validation : corpus.test);
+}
+
+bool is_utf8(std::string_view text) {
+  const auto length = static_cast<int32_t>(text.size());
+  for (int32_t i = 0; i < length;) {
+    UChar32 character = 0;
+    U8_NEXT(text.data(), i, length, character);
+    if (character < 0) return false;
+  }
+  return true;
+}
+
+std::vector<std::vector<std::string>> tokenize_all(const std::vector<std::string>& sentences,
+                                                   const std::string& locale) {
+  std::vector<std::vector<std::string>> words;
+  words.reserve(sentences.size());
+  for (const std::string& sentence : sentences) words.push_back(tokenize(sentence, locale));
+  return words;
+}
+
+Encoded encode_all(const std::vector<std::vector<std::string>>& sentences, const Vocabulary& vocabulary,
+                   int64_t max_length) {
+  Encoded encoded;
+  encoded.sentences.reserve(sentences.size());
+  for (const std::vector<std::string>& words : sentences) {
+    std::vector<int64_t> ids = vocabulary.encode(words);
+    encoded.words += static_cast<int64_t>(words.size());
+    encoded.unknown += std::count(ids.begin(), ids.end(), Vocabulary::unknown);
+    if (static_cast<int64_t>(ids.size()) > max_length) {
+      ids.resize(max_length);
+      ids.back() = Vocabulary::end;
+      ++encoded.truncated;
+    }
+    encoded.sentences.push_back(std::move(ids));
+  }
+  return encoded;
+}
+
+Pairs encode_pairs(const ParallelText& text, const std::vector<std::vector<std::string>>& source_words,
+                   const std::vector<std::vector<std::string>>& target_words,
+                   const Vocabulary& source_vocabulary, const Vocabulary& target_vocabulary,
+                   int64_t max_length) {
+  Encoded source = encode_all(source_words, source_vocabulary, max_length);
+  Encoded target = encode_all(target_words, target_vocabulary, max_length);
+  Pairs pairs;
+  pairs.truncated = source.truncated + target.truncated;
+  pairs.source = std::move(source.sentences);
+  pairs.target = std::move(target.sentences);
+  pairs.source_text = text.source;
+  pairs.target_text = text.target;
+  pairs.target_words.reserve(target_words.size());
+  for (const std::vector<std::string>& words : target_words) {
+    std::string joined;
+    for (const std::string& word : words) {
+      if (!joined.empty()) joined += ' ';
+      joined += word;
+    }
+    pairs.target_words.push_back(std::move(joined));
+  }
+  return pairs;
+}
+
+at::Tensor pad(const std::vector<std::vector<int64_t>>& sentences, const std::vector<int64_t>& rows) {
+  size_t longest = 0;
+  for (const int64_t row : rows) longest = std::max(longest, sentences[row].size());
+  at::Tensor ids = at::empty({static_cast<int64_t>(rows.size()), static_cast<int64_t>(longest)}, at::kLong);
+  int64_t* out = ids.mutable_data_ptr<int64_t>();
+  for (const int64_t row : rows) {
+    out = std::copy(sentences[row].begin(), sentences[row].end(), out);
+    out = std::fill_n(out, longest - sentences[row].size(), Vocabulary::padding);
+  }
+  return ids;
+}
+
+at::Tensor padding_of(const at::Tensor& ids) {
+  at::Tensor mask = at::eq(ids, Vocabulary::padding);
+  return mask.any().item<bool>() ? mask : at::Tensor();
+}
+
+Batch make_batch(const Pairs& pairs, const std::vector<int64_t>& rows) {
+  Batch batch;
+  batch.source = pad(pairs.source, rows);
+  batch.source_padding = padding_of(batch.source);
+  batch.target = pad(pairs.target, rows);
+  for (const int64_t row : rows) {
+    batch.source_tokens += static_cast<int64_t>(pairs.source[row].size());
+    batch.predicted += static_cast<int64_t>(pairs.target[row].size()) - 1;
+  }
+  return batch;
+}
+
+std::vector<std::vector<int64_t>> batches_by_length(const Pairs& pairs, int64_t batch_size, uint64_t seed,
+                                                    int64_t epoch) {
+  // Two numbers in one sequence: seed + epoch would make epoch 1 of seed 1 the epoch 0 of seed 2.
+  std::seed_seq sequence{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+                         static_cast<uint32_t>(epoch)};
+  std::mt19937_64 random(sequence);
+  std::vector<int64_t> rows(pairs.size());
+  std::iota(rows.begin(), rows.end(), 0);
+  shuffle(rows, random);
+  const auto length = [&](int64_t row) { return pairs.source[row].size() + pairs.target[row].size(); };
+  std::vector<std::vector<int64_t>> batches;
+  for (std::vector<int64_t>& pool : cut(rows, kPool * batch_size)) {
+    std::stable_sort(pool.begin(), pool.end(), [&](int64_t a, int64_t b) { return length(a) < length(b); });
+    for (std::vector<int64_t>& batch : cut(pool, batch_size)) batches.push_back(std::move(batch));
+  }
+  shuffle(batches, random);
+  return batches;
+}
+
+std::vector<std::vector<int64_t>> sorted_batches(const std::vector<std::vector<int64_t>>& sentences,
+                                                 int64_t batch_size) {
+  std::vector<int64_t> rows(sentences.size());
+  std::iota(rows.begin(), rows.end(), 0);
+  std::stable_sort(rows.begin(), rows.end(),
+                   [&](int64_t a, int64_t b) { return sentences[a].size() < sentences[b].size(); });
+  return cut(rows, batch_size);
+}
+
+double evicted_share(const Pairs& pairs, int64_t m) {
+  const auto evicted = [m](int64_t keys) { return std::max<int64_t>(0, keys - 2 * m); };
+  double gone = 0, all = 0;
+  for (int64_t i = 0; i < pairs.size(); ++i) {
+    const int64_t source = static_cast<int64_t>(pairs.source[i].size());
+    const int64_t target = static_cast<int64_t>(pairs.target[i].size()) - 1;
+    gone += static_cast<double>((source + target) * evicted(source));
+    all += static_cast<double>((source + target) * source);
+    for (int64_t keys = 1; keys <= target; ++keys) {
+      gone += static_cast<double>(evicted(keys));
+      all += static_cast<double>(keys);
+    }
+  }
+  return all > 0 ? gone / all : 0;
+}
+
+}  // namespace remnant::app::translate
