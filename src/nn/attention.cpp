@@ -15,6 +15,7 @@
 
 #include <limits>
 #include <ostream>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -169,6 +170,34 @@ struct Masks {
   int64_t past = 0;
 };
 
+/// Tells a recorder what the op should have kept: what the policy says, the storages of q, k, v and the
+/// mask, and the output where the policy's delta needs it. Eager keeps p, and with dropout its noise and
+/// D p beside it.
+void describe(const Tensor& output, const Tensor& query, const Tensor& key, const Tensor& value,
+              const AttentionOptions& options) {
+  std::unordered_map<const void*, int64_t> storages;
+  const auto add = [&](const Tensor& x) {
+    storages[x.storage().unsafeGetStorageImpl()] = static_cast<int64_t>(x.storage().nbytes());
+  };
+  const auto total = [&] {
+    int64_t sum = 0;
+    for (const auto& [storage, bytes] : storages) sum += bytes;
+    return sum;
+  };
+  for (const Tensor& x : {query, key, value}) add(x);
+  const int64_t rows = output.size(0) * output.size(1) * output.size(2);
+  const auto element = static_cast<int64_t>(output.element_size());
+  const bool dropout = options.dropout > 0;
+  const PolicyKind kind = options.policy.kind;
+  const int64_t eager = total() + rows * key.size(2) * element * (dropout ? 3 : 1);
+  if (options.mask.has_value() && (kind == PolicyKind::exact || kind == PolicyKind::recompute))
+    add(*options.mask);
+  if (kind == PolicyKind::recompute || kind == PolicyKind::quantized) add(output);
+  memory::describe(output, options.policy.str(),
+                   total() + attention_residual_bytes(options.policy, rows, key.size(2), element, dropout),
+                   eager);
+}
+
 /// Runs the op on projected heads. Returns [B, H, Nq, D] and the weights, if wanted.
 std::tuple<Tensor, Tensor> attend(const MultiheadAttentionImpl& module, const Heads& heads,
                                   const Masks& masks, bool need_weights) {
@@ -222,8 +251,14 @@ std::tuple<Tensor, Tensor> attend(const MultiheadAttentionImpl& module, const He
         mask.scalar_type() == at::kBool ? at::logical_not(mask) : mask.to(heads.query.scalar_type());
   }
 
-  if (need_weights) return attention_with_weights(heads.query, key, value, attention_options);
-  return {attention(heads.query, key, value, attention_options), Tensor()};
+  std::tuple<Tensor, Tensor> result;
+  if (need_weights) {
+    result = attention_with_weights(heads.query, key, value, attention_options);
+  } else {
+    result = {attention(heads.query, key, value, attention_options), Tensor()};
+  }
+  if (memory::recording()) describe(std::get<0>(result), heads.query, key, value, attention_options);
+  return result;
 }
 
 /// [B, H, N, D] to [B, N, E] or [N, B, E].

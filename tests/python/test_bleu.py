@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-BUILD = os.environ.get("REMNANT_BUILD") or os.environ.get("REMNANT_BUILD")
+BUILD = os.environ.get("REMNANT_BUILD")
 TOOL = pathlib.Path(BUILD or ROOT / "build") / "tests" / "bleu_tool"
 
 # A build that was named must hold the tool: skipping would pass for a comparison that never ran.
