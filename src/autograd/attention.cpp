@@ -114,8 +114,10 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const bool scores = needs[0] || needs[1] || needs[3];
     const bool rebuilds = kind == PolicyKind::recompute;
     const bool exact = kind == PolicyKind::exact;
-    // Biased P takes delta from itself, so that rows of dz sum to 0; exact sums over P as torch does.
-    const bool delta_from_output = scores && (rebuilds || kind == PolicyKind::quantized);
+    // Biased P takes delta from itself, so that rows of dz sum to 0; exact without dropout sums over P as
+    // torch does.
+    const bool delta_from_output =
+        scores && (rebuilds || kind == PolicyKind::quantized || (exact && dropout > 0));
     // Exact's second derivative differentiates P through query and key, whatever is wanted now.
     const bool keep_query = needs[1] || rebuilds || (exact && scores);
     const bool keep_key = needs[0] || rebuilds || (exact && scores);

@@ -192,7 +192,9 @@ void describe(const Tensor& output, const Tensor& query, const Tensor& key, cons
   const int64_t eager = total() + rows * key.size(2) * element * (dropout ? 3 : 1);
   if (options.mask.has_value() && (kind == PolicyKind::exact || kind == PolicyKind::recompute))
     add(*options.mask);
-  if (kind == PolicyKind::recompute || kind == PolicyKind::quantized) add(output);
+  if (kind == PolicyKind::recompute || kind == PolicyKind::quantized ||
+      (kind == PolicyKind::exact && dropout))
+    add(output);
   memory::describe(output, options.policy.str(),
                    total() + attention_residual_bytes(options.policy, rows, key.size(2), element, dropout),
                    eager);

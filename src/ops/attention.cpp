@@ -148,6 +148,13 @@ struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
+// Without dropout, `exact` is the very operations of eager PyTorch. With dropout no eager code draws the
+// same mask, so nothing is there to equal, and the fused kernel keeps p as recompute would rebuild it:
+// the two policies then give the same bits.
+bool exact_is_fused(const AttentionCall& call, at::ScalarType type) {
+  return call.dropout > 0 && (type == at::kFloat || type == at::kDouble);
+}
+
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const std::optional<at::Tensor>& mask, bool causal, double dropout, double scale,
                       c10::string_view policy, at::IntArrayRef window, bool keep,
@@ -160,7 +167,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   at::Tensor seed;
   if (dropout > 0 || rounds) seed = draw_seed(query, generator);
   at::Tensor output;
-  if (call.policy.kind == PolicyKind::exact) {
+  if (call.policy.kind == PolicyKind::exact && !(fused && exact_is_fused(call, query.scalar_type()))) {
     output = exact_forward(query, key, value, call, seed, residuals);
   } else {
     output = (fused ? cpu_forward : composite_forward)(query, key, value, call, seed, residuals);
@@ -234,7 +241,10 @@ BackwardResult backward(const at::Tensor& grad_output, const std::optional<at::T
   const BackwardInputs inputs = backward_inputs(grad_output, query, key, value, output, lse, probabilities,
                                                 codes, table, seed, kv_heads, keys, needs);
   BackwardResult grads;
-  if (call.policy.kind == PolicyKind::exact) {
+  const bool plain_exact =
+      call.policy.kind == PolicyKind::exact &&
+      !(fused && !needs[3] && output.has_value() && exact_is_fused(call, grad_output.scalar_type()));
+  if (plain_exact) {
     grads = exact_backward(inputs, call);
   } else {
     // The mask's gradient sums dz over broadcast axes, which the composite path does.

@@ -120,7 +120,9 @@ void set_residuals(kernels::AttentionProblem<T>& problem, const AttentionCall& c
                    const AttentionResiduals& residuals) {
   switch (call.policy.kind) {
     case PolicyKind::exact:
-      break;
+      problem.keep = kernels::Keep::probabilities;
+      problem.probabilities = const_cast<T*>(residuals.probabilities.const_data_ptr<T>());
+      return;
     case PolicyKind::recompute:
       problem.keep = kernels::Keep::lse;
       problem.lse = const_cast<T*>(residuals.lse.const_data_ptr<T>());
@@ -139,7 +141,7 @@ void set_residuals(kernels::AttentionProblem<T>& problem, const AttentionCall& c
 }
 
 bool keeps(const AttentionResiduals& residuals) {
-  return residuals.lse.dim() > 1 || residuals.codes.dim() > 1;
+  return residuals.lse.dim() > 1 || residuals.codes.dim() > 1 || residuals.probabilities.dim() > 1;
 }
 
 // Runs `tasks` over the threads, each with its own scratch from the c10 allocator, so that it is counted.

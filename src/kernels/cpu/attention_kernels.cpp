@@ -122,6 +122,16 @@ void softmax_row_from_lse(T* row, int64_t keys, T lse) {
   for (int64_t j = 0; j < keys; ++j) row[j] = exponential(row[j] - lse);
 }
 
+// A row's logits into its kept place, where they become p from lse: the same operations that policy
+// recompute repeats in its backward, so that both policies give the same bits. 0 outside of the range.
+template <typename T>
+void keep_logits(const AttentionProblem<T>& problem, int64_t row, Range range, const T* logits) {
+  T* kept = problem.probabilities + row * problem.keys;
+  for (int64_t j = 0; j < range.begin; ++j) kept[j] = 0;
+  for (int64_t j = range.begin; j < range.end; ++j) kept[j] = logits[j - range.begin];
+  for (int64_t j = range.end; j < problem.keys; ++j) kept[j] = 0;
+}
+
 // The scores of rows [first, first + rows) against keys in `range`, scaled.
 template <typename T>
 void score_block(const AttentionProblem<T>& problem, int64_t b, int64_t h, int64_t first, int64_t rows,
@@ -173,6 +183,8 @@ void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_
         T* out = problem.output.at(b, h, first + r);
         for (int64_t d = 0; d < problem.value_dim; ++d) out[d] = 0;
         if (problem.keep == Keep::lse) problem.lse[row0 + r] = -std::numeric_limits<T>::infinity();
+        if (problem.keep == Keep::probabilities)
+          keep_logits(problem, row0 + r, range, static_cast<const T*>(nullptr));
       }
       continue;
     }
@@ -188,6 +200,7 @@ void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_
       mask_row(problem, b, h, first + r, range, row);
       T* logits = scratch.products;
       if (problem.keep == Keep::curve) std::memcpy(logits, row, static_cast<size_t>(width) * sizeof(T));
+      if (problem.keep == Keep::probabilities) keep_logits(problem, row0 + r, range, row);
       T lse = softmax_row(row, width);
       if (lse == -std::numeric_limits<T>::infinity() && attends(problem, b, h, first + r)) {
         lse = std::numeric_limits<T>::quiet_NaN();
@@ -200,6 +213,8 @@ void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_
       }
       if (problem.keep == Keep::lse) {
         problem.lse[row0 + r] = lse;
+      } else if (problem.keep == Keep::probabilities) {
+        softmax_row_from_lse(problem.probabilities + (row0 + r) * problem.keys + range.begin, width, lse);
       } else if (problem.keep == Keep::codes) {
         const int64_t stride = (problem.keys + kRoundingColumns - 1) / kRoundingColumns * kRoundingColumns;
         problem.table[row0 + r] = quantize_row(row, width, problem.bits, scratch.random + r * stride,
@@ -262,6 +277,11 @@ void attention_backward(const AttentionBackward<T>& problem, int64_t begin, int6
         for (int64_t r = 0; r < rows; ++r) {
           mask_row(problem, b, h, first + r, range, p + r * width);
           softmax_row_from_lse(p + r * width, width, problem.lse[row0 + r]);
+        }
+      } else if (problem.keep == Keep::probabilities) {
+        for (int64_t r = 0; r < rows; ++r) {
+          std::memcpy(p + r * width, problem.probabilities + (row0 + r) * problem.keys + range.begin,
+                      static_cast<size_t>(width) * sizeof(T));
         }
       } else {
         for (int64_t r = 0; r < rows; ++r) {

@@ -33,7 +33,7 @@ struct MaskView {
 };
 
 /// What backward is fed with, one of the policies that keep less than P.
-enum class Keep { nothing, lse, curve, codes };
+enum class Keep { nothing, probabilities, lse, curve, codes };
 
 template <typename T>
 struct AttentionProblem {
@@ -45,11 +45,12 @@ struct AttentionProblem {
   int64_t drop_threshold = 0;  // of 65536; 0: no dropout
   Seed seed;
   Keep keep = Keep::nothing;
-  int64_t m = 0;             // curve
-  bool paper_text = false;   // curve
-  int64_t bits = 0;          // codes
-  T* lse = nullptr;          // [B, H, Nq]; keep lse
-  uint8_t* codes = nullptr;  // [B, H, Nq, code_bytes]: packed ranks or codes
+  int64_t m = 0;               // curve
+  bool paper_text = false;     // curve
+  int64_t bits = 0;            // codes
+  T* probabilities = nullptr;  // [B, H, Nq, Nk]; keep probabilities
+  T* lse = nullptr;            // [B, H, Nq]; keep lse
+  uint8_t* codes = nullptr;    // [B, H, Nq, code_bytes]: packed ranks or codes
   int64_t code_bytes = 0;
   T* table = nullptr;  // [B, H, Nq, table_width]: the curve's numbers, or the codes' row maximum
   int64_t table_width = 0;
