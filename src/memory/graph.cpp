@@ -337,7 +337,7 @@ void describe(const at::Tensor& output, std::string policy, int64_t predicted_by
   if (active_recordings.empty() || !output.defined()) return;
   const auto recording = active_recording();
   if (!recording) return;
-  const NodePtr node = output.grad_fn();
+  const NodePtr& node = output.grad_fn();
   if (!node) return;
   recording->descriptions[node.get()] = {node->sequence_nr(), std::move(policy), predicted_bytes,
                                          eager_bytes};

@@ -94,7 +94,7 @@ PeakMeter::~PeakMeter() {
       c10::ThreadLocalDebugInfo::_pop(kind);
     }
   } catch (const c10::Error&) {
-    // Something of another kind was pushed inside and is still there.
+    return;  // something of another kind was pushed inside and is still there
   }
 }
 

@@ -286,12 +286,14 @@ BackwardResult backward_meta(const at::Tensor& grad_output, const std::optional<
   const auto options = grad_output.options();
   const auto batch = grad_output.sym_size(0);
   const at::Tensor none;
-  return {needs[0] ? empty_heads(batch, grad_output.sym_size(1), grad_output.sym_size(2), key->sym_size(3),
-                                 options)
-                   : none,
-          needs[1] ? empty_heads(batch, kv_heads, keys, query->sym_size(3), options) : none,
-          needs[2] ? empty_heads(batch, kv_heads, keys, grad_output.sym_size(3), options) : none,
-          needs[3] ? at::empty_symint(mask->sym_sizes(), mask->options()) : none};
+  return {
+      needs[0]
+          ? empty_heads(batch, grad_output.sym_size(1), grad_output.sym_size(2), key->sym_size(3), options)
+          : none,
+      needs[1] ? empty_heads(batch, kv_heads, keys, query->sym_size(3), options) : none,
+      needs[2] ? empty_heads(batch, std::move(kv_heads), std::move(keys), grad_output.sym_size(3), options)
+               : none,
+      needs[3] ? at::empty_symint(mask->sym_sizes(), mask->options()) : none};
 }
 
 double default_scale(const at::Tensor& query, const std::optional<double>& scale) {

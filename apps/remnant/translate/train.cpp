@@ -21,6 +21,7 @@
 #include <torch/utils.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -182,17 +183,9 @@ std::string metadata(const LoadedTensors& loaded, const std::string& name, const
 template <typename T>
 T number(const LoadedTensors& loaded, const std::string& name, const fs::path& file) {
   const std::string text = metadata(loaded, name, file);
-  try {
-    size_t used = 0;
-    T value;
-    if constexpr (std::is_integral_v<T>) {
-      value = std::stoll(text, &used);
-    } else {
-      value = std::stod(text, &used);
-    }
-    if (used == text.size()) return value;
-  } catch (const std::logic_error&) {
-  }
+  T value{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error == std::errc() && end == text.data() + text.size()) return value;
   throw Error(file.string() + ": the field " + name + " should be a number, got '" + text + "'");
 }
 
