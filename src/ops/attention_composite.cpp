@@ -113,14 +113,17 @@ at::Tensor merged(const at::Tensor& x, at::ScalarType type) {
   return x.defined() ? x.to(type).transpose(1, 2).contiguous().transpose(1, 2) : x;
 }
 
-// Adds dz, summed over the mask's broadcast axes, to the mask's gradient.
-void accumulate_mask_gradient(at::Tensor& grad_mask, const at::Tensor& dz, int64_t first) {
+// dz summed over the axes along which the mask was broadcast.
+at::Tensor sum_broadcast(const at::Tensor& dz, const at::Tensor& mask) {
   std::vector<int64_t> broadcast;
   for (int64_t d = 0; d < 4; ++d) {
-    if (grad_mask.size(d) == 1) broadcast.push_back(d);
+    if (mask.size(d) == 1) broadcast.push_back(d);
   }
-  const at::Tensor sum = broadcast.empty() ? dz : dz.sum(broadcast, true);
-  mask_rows(grad_mask, first, dz.size(2)).add_(sum);
+  return broadcast.empty() ? dz : dz.sum(broadcast, true);
+}
+
+void accumulate_mask_gradient(at::Tensor& grad_mask, const at::Tensor& dz, int64_t first) {
+  mask_rows(grad_mask, first, dz.size(2)).add_(sum_broadcast(dz, grad_mask));
 }
 
 }  // namespace
@@ -343,13 +346,7 @@ BackwardResult exact_backward_differentiable(const BackwardInputs& inputs, const
       grad_key =
           sum_heads(at::matmul(dz.transpose(-2, -1), inputs.query).mul(precise(call.scale)), inputs.kv_heads);
     }
-    if (inputs.needs[3]) {
-      std::vector<int64_t> broadcast;
-      for (int64_t d = 0; d < 4; ++d) {
-        if (call.mask->size(d) == 1) broadcast.push_back(d);
-      }
-      grad_mask = broadcast.empty() ? dz : dz.sum(broadcast, true);
-    }
+    if (inputs.needs[3]) grad_mask = sum_broadcast(dz, *call.mask);
   }
   if (inputs.needs[2]) {
     const at::Tensor dropped = drop.defined() ? p.mul(drop) : p;
