@@ -6,69 +6,14 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
+#include <atomic>
+#include <numeric>
 #include <type_traits>
-
-// MKL's (or another BLAS's) products as the torch wheel exports them; weak, because not every build does.
-extern "C" {
-__attribute__((weak)) void sgemm_(const char* transa, const char* transb, const int* m, const int* n,
-                                  const int* k, const float* alpha, const float* a, const int* lda,
-                                  const float* b, const int* ldb, const float* beta, float* c,
-                                  const int* ldc);
-__attribute__((weak)) void dgemm_(const char* transa, const char* transb, const int* m, const int* n,
-                                  const int* k, const double* alpha, const double* a, const int* lda,
-                                  const double* b, const int* ldb, const double* beta, double* c,
-                                  const int* ldc);
-}
 
 namespace remnant::ops {
 
 namespace {
-
-void blas_gemm(const char* ta, const char* tb, const int* m, const int* n, const int* k, const float* alpha,
-               const float* a, const int* lda, const float* b, const int* ldb, const float* beta, float* c,
-               const int* ldc) {
-  sgemm_(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
-void blas_gemm(const char* ta, const char* tb, const int* m, const int* n, const int* k, const double* alpha,
-               const double* a, const int* lda, const double* b, const int* ldb, const double* beta,
-               double* c, const int* ldc) {
-  dgemm_(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
-
-// Row-major product by a column-major library: C' = op(B)' op(A)'.
-template <typename T>
-void gemm_blas(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a,
-               int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {
-  // A dimension of size 1 may come with any stride, which the library would reject.
-  const auto stride = [](int64_t given, int64_t least) {
-    return static_cast<int>(std::max<int64_t>(std::max(given, least), 1));
-  };
-  const int columns = static_cast<int>(n), rows = static_cast<int>(m), depth = static_cast<int>(k);
-  const int stride_a = stride(lda, transpose_a ? m : k);
-  const int stride_b = stride(ldb, transpose_b ? k : n);
-  const int stride_c = stride(ldc, n);
-  blas_gemm(transpose_b ? "T" : "N", transpose_a ? "T" : "N", &columns, &rows, &depth, &alpha, b, &stride_b,
-            a, &stride_a, &beta, c, &stride_c);
-}
-
-template <typename T>
-kernels::Gemm<T> choose_gemm() {
-  bool blas = false;
-  if constexpr (std::is_same_v<T, float>) {
-    blas = sgemm_ != nullptr;
-  } else {
-    blas = dgemm_ != nullptr;
-  }
-  return blas ? gemm_blas<T> : static_cast<kernels::Gemm<T>>(kernels::gemm_plain);
-}
-
-// Rows of a block so that its scores stay in a core's cache, and products are not too thin.
-int64_t block_rows(int64_t queries, int64_t keys) {
-  const int64_t rows = std::clamp<int64_t>(32768 / std::max<int64_t>(keys, 1), 16, 128);
-  return std::max<int64_t>(1, std::min(rows, queries));
-}
 
 // The kernels read rows of consecutive elements; a product library wants row strides that do not overlap.
 at::Tensor readable(const at::Tensor& x, at::ScalarType type) {
@@ -97,7 +42,6 @@ void set_call(kernels::AttentionProblem<T>& problem, const AttentionCall& call, 
   problem.left = call.left;
   problem.right = call.right;
   problem.scale = static_cast<T>(call.scale);
-  problem.gemm = choose_gemm<T>();
   if (seed.defined() && seed.numel() == 2) problem.seed = kernels::Seed::from(seed.const_data_ptr<int64_t>());
   problem.drop_threshold = kernels::dropout_threshold(call.dropout);
   problem.m = call.policy.m;
@@ -118,6 +62,8 @@ void set_call(kernels::AttentionProblem<T>& problem, const AttentionCall& call, 
 template <typename T>
 void set_residuals(kernels::AttentionProblem<T>& problem, const AttentionCall& call,
                    const AttentionResiduals& residuals) {
+  problem.row_head = problem.queries;
+  problem.row_batch = problem.heads * problem.queries;
   switch (call.policy.kind) {
     case PolicyKind::exact:
       problem.keep = kernels::Keep::probabilities;
@@ -145,15 +91,21 @@ bool keeps(const AttentionResiduals& residuals) {
 }
 
 // Runs `tasks` over the threads, each with its own scratch from the c10 allocator, so that it is counted.
+// Threads fetch tasks as they get free: triangles and padding make them unequal, and no result depends on
+// who ran which.
 template <typename T, typename Problem>
 void run(const Problem& problem, void (*kernel)(const Problem&, int64_t, int64_t, void*), int64_t tasks) {
-  const int64_t bytes = (kernels::attention_scratch_bytes<T>(problem, problem.block_rows) + 63) / 64 * 64;
+  const int64_t bytes = (kernels::attention_scratch_bytes<T>(problem) + 63) / 64 * 64;
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tasks));
   const at::Tensor scratch = at::empty({threads, bytes}, at::kByte);
   uint8_t* const memory = scratch.mutable_data_ptr<uint8_t>();
+  const int64_t chunk = std::max<int64_t>(1, tasks / (threads * 32));
+  std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      kernel(problem, tasks * t / threads, tasks * (t + 1) / threads, memory + t * bytes);
+      for (int64_t task = next.fetch_add(chunk); task < tasks; task = next.fetch_add(chunk)) {
+        kernel(problem, task, std::min(task + chunk, tasks), memory + t * bytes);
+      }
     }
   });
 }
@@ -178,23 +130,32 @@ at::Tensor forward(const at::Tensor& query, const at::Tensor& key, const at::Ten
   problem.key = view<T>(k);
   problem.value = view<T>(v);
   problem.output = mutable_view<T>(output);
-  problem.block_rows = block_rows(problem.queries, problem.keys);
   at::Tensor mask;
   set_call(problem, call, seed, mask);
   if (keeps(residuals)) set_residuals(problem, call, residuals);
+  kernels::choose_tiles<T>(problem);
   if (output.numel() == 0 || problem.keys == 0) {
     residuals.table.zero_();
     residuals.lse.fill_(-std::numeric_limits<double>::infinity());
     output.zero_();
-  } else if constexpr (std::is_same_v<T, float>) {
-    run<T>(problem, kernels::cpu_kernels().forward_float, problem.tasks());
   } else {
-    run<T>(problem, kernels::cpu_kernels().forward_double, problem.tasks());
+    const int64_t tasks = kernels::forward_tasks<T>(problem, nullptr);
+    if constexpr (std::is_same_v<T, float>) {
+      run<T>(problem, kernels::cpu_kernels().forward_float, tasks);
+    } else {
+      run<T>(problem, kernels::cpu_kernels().forward_double, tasks);
+    }
   }
   return output.scalar_type() == query.scalar_type()
              ? output
              : empty_heads(output.size(0), output.size(1), output.size(2), output.size(3), query.options())
                    .copy_(output);
+}
+
+// Shares of a key-value head, so that the threads have equal work when heads are few; no more than tiles.
+int64_t backward_lanes(int64_t heads, int64_t tiles) {
+  const int64_t threads = at::get_num_threads();
+  return heads >= 4 * threads ? 1 : std::min(threads / std::gcd(heads, threads), tiles);
 }
 
 template <typename T>
@@ -218,57 +179,46 @@ BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call)
   problem.value = view<T>(v);
   problem.grad_output = view<T>(g);
   problem.output = view<T>(o);
-  problem.block_rows = block_rows(problem.queries, problem.keys);
   at::Tensor mask;
   set_call(problem, call, inputs.kept.seed, mask);
-
+  set_residuals(problem, call, inputs.kept);
+  kernels::choose_tiles<T>(problem);
   at::Tensor grad_query, grad_key, grad_value;
   const auto options = g.options();
-  const auto zeros = [&](int64_t splits, int64_t dim) {
-    // Zeroed as laid out, heads beside each other, one copy a split.
-    return at::zeros({splits * problem.batch, problem.keys, problem.kv_heads, dim}, options).transpose(1, 2);
-  };
+  // The kernel writes every row, also of gradients that are 0.
   if (inputs.needs[0]) {
-    grad_query =
-        at::zeros({problem.batch, problem.queries, problem.heads, problem.head_dim}, options).transpose(1, 2);
+    grad_query = empty_heads(problem.batch, problem.heads, problem.queries, problem.head_dim, options);
     problem.grad_query = mutable_view<T>(grad_query);
   }
-  // Fewer key-value heads than threads: several tasks share one, each into its own sum.
-  const int64_t kv = problem.batch * problem.kv_heads;
-  const int64_t work = problem.heads / std::max<int64_t>(problem.kv_heads, 1) *
-                       ((problem.queries + problem.block_rows - 1) / problem.block_rows);
-  const int64_t wanted = (at::get_num_threads() + std::max<int64_t>(kv, 1) - 1) / std::max<int64_t>(kv, 1);
-  problem.splits = std::max<int64_t>(1, std::min(wanted, work));
   if (inputs.needs[1]) {
-    grad_key = zeros(problem.splits, problem.head_dim);
+    grad_key = empty_heads(problem.batch, problem.kv_heads, problem.keys, problem.head_dim, options);
     problem.grad_key = mutable_view<T>(grad_key);
-    problem.split_stride_key = problem.batch * problem.grad_key.batch;
   }
   if (inputs.needs[2]) {
-    grad_value = zeros(problem.splits, problem.value_dim);
+    grad_value = empty_heads(problem.batch, problem.kv_heads, problem.keys, problem.value_dim, options);
     problem.grad_value = mutable_view<T>(grad_value);
-    problem.split_stride_value = problem.batch * problem.grad_value.batch;
   }
   if (g.numel() > 0 && problem.keys > 0) {
-    set_residuals(problem, call, inputs.kept);
-    if constexpr (std::is_same_v<T, float>) {
-      run<T>(problem, kernels::cpu_kernels().backward_float, problem.tasks());
-    } else {
-      run<T>(problem, kernels::cpu_kernels().backward_double, problem.tasks());
+    problem.lanes = backward_lanes(problem.batch * problem.kv_heads,
+                                   (problem.keys + problem.tile_keys - 1) / problem.tile_keys);
+    for (problem.phase = 0; problem.phase < problem.lanes; ++problem.phase) {
+      if constexpr (std::is_same_v<T, float>) {
+        run<T>(problem, kernels::cpu_kernels().backward_float, problem.tasks());
+      } else {
+        run<T>(problem, kernels::cpu_kernels().backward_double, problem.tasks());
+      }
+    }
+  } else {
+    for (const at::Tensor& grad : {grad_query, grad_key, grad_value}) {
+      if (grad.defined()) grad.zero_();
     }
   }
-  const auto finish = [&](const at::Tensor& grad, bool split) {
-    if (!grad.defined()) return grad;
-    at::Tensor sum = grad;
-    if (split && problem.splits > 1) {
-      sum = grad.narrow(0, 0, problem.batch);
-      for (int64_t s = 1; s < problem.splits; ++s) sum.add_(grad.narrow(0, s * problem.batch, problem.batch));
-    }
-    if (sum.scalar_type() == inputs.grad_output.scalar_type() && sum.sizes() == grad.sizes()) return sum;
-    return empty_heads(sum.size(0), sum.size(1), sum.size(2), sum.size(3), inputs.grad_output.options())
-        .copy_(sum);
+  const auto finish = [&](const at::Tensor& grad) {
+    if (!grad.defined() || grad.scalar_type() == inputs.grad_output.scalar_type()) return grad;
+    return empty_heads(grad.size(0), grad.size(1), grad.size(2), grad.size(3), inputs.grad_output.options())
+        .copy_(grad);
   };
-  return {finish(grad_query, false), finish(grad_key, true), finish(grad_value, true), at::Tensor()};
+  return {finish(grad_query), finish(grad_key), finish(grad_value), at::Tensor()};
 }
 
 }  // namespace

@@ -126,7 +126,7 @@ void check_curve(const CpuKernels& cpu, T tolerance) {
 TEST_P(Variant, CurveFollowsThePaperFloat) { check_curve<float>(cpu(), 1e-6f); }
 TEST_P(Variant, CurveFollowsThePaperDouble) { check_curve<double>(cpu(), 1e-14); }
 
-enum class Masking { none, causal, window, boolean, additive };
+enum class Masking { none, causal, window, boolean, boolean_rows, additive };
 
 struct Shape {
   int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;
@@ -135,7 +135,7 @@ struct Shape {
 // One problem run through a policy's kernels and through the loops.
 template <typename T>
 void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, kernels::Keep keep,
-                     double dropout, int64_t block_rows, int64_t splits, double tolerance) {
+                     double dropout, int64_t block_rows, int64_t tile_keys, int64_t lanes, double tolerance) {
   std::mt19937_64 random(static_cast<uint64_t>(s.queries * 1000 + s.keys));
   std::normal_distribution<double> normal(0, 1);
   reference::Problem ref;
@@ -180,13 +180,17 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
   f.keep = keep;
   f.m = 3;
   f.bits = 8;
-  f.gemm = static_cast<kernels::Gemm<T>>(kernels::gemm_plain);
-  f.block_rows = block_rows;
+  f.block_rows = std::min(block_rows, (s.queries + 15) / 16 * 16);
+  f.tile_keys = keep == kernels::Keep::curve ? (s.keys + 15) / 16 * 16 : tile_keys;
+  f.row_head = s.queries;
+  f.row_batch = s.heads * s.queries;
 
-  std::vector<uint8_t> allowed(s.batch * s.keys);
+  std::vector<uint8_t> allowed(s.batch * s.keys), allowed_rows(s.queries * s.keys);
   std::vector<T> bias(s.queries * s.keys);
   for (auto& x : allowed) x = random() % 4 != 0;
   for (int64_t j = 0; j < s.keys; ++j) allowed[j] = 0;  // batch 0 attends nothing at all
+  for (auto& x : allowed_rows) x = random() % 3 != 0;
+  for (int64_t j = 0; j < s.keys; ++j) allowed_rows[s.keys * (s.queries / 2) + j] = 0;  // nor does a row
   for (auto& x : bias) x = static_cast<T>(normal(random));
   switch (masking) {
     case Masking::none:
@@ -203,6 +207,10 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
     case Masking::boolean:
       f.mask = {kernels::MaskKind::boolean, allowed.data(), s.keys, 0, 0, 1};
       ref.allowed = [&](int64_t b, int64_t, int64_t, int64_t j) { return allowed[b * s.keys + j] != 0; };
+      break;
+    case Masking::boolean_rows:
+      f.mask = {kernels::MaskKind::boolean, allowed_rows.data(), 0, 0, s.keys, 1};
+      ref.allowed = [&](int64_t, int64_t, int64_t i, int64_t j) { return allowed_rows[i * s.keys + j] != 0; };
       break;
     case Masking::additive:
       f.mask = {kernels::MaskKind::additive, bias.data(), 0, 0, s.keys, 1};
@@ -223,6 +231,8 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
 
   const int64_t rows = s.batch * s.heads * s.queries;
   std::vector<T> out(rows * s.value_dim, T(-7)), lse(rows);
+  std::vector<T> probabilities(keep == kernels::Keep::probabilities ? rows * s.keys : 0, T(-7));
+  f.probabilities = probabilities.data();
   f.output = view(out.data(), s.heads, s.queries, s.value_dim);
   f.lse = lse.data();
   f.code_bytes = keep == kernels::Keep::curve ? kernels::rank_bytes(s.keys) : s.keys;
@@ -231,33 +241,37 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
   std::vector<T> table(rows * f.table_width);
   f.codes = codes.data();
   f.table = table.data();
-  std::vector<std::max_align_t> scratch(
-      kernels::attention_scratch_bytes<T>(f, block_rows) / sizeof(std::max_align_t) + 1);
+  std::vector<std::max_align_t> scratch(kernels::attention_scratch_bytes<T>(f) / sizeof(std::max_align_t) +
+                                        1);
+  const int64_t tasks = kernels::forward_tasks<T>(f, nullptr);
   if constexpr (std::is_same_v<T, float>) {
-    cpu.forward_float(f, 0, f.tasks(), scratch.data());
+    cpu.forward_float(f, 0, tasks, scratch.data());
   } else {
-    cpu.forward_double(f, 0, f.tasks(), scratch.data());
+    cpu.forward_double(f, 0, tasks, scratch.data());
   }
   const std::vector<double> expected = reference::forward(ref);
   for (size_t e = 0; e < out.size(); ++e) ASSERT_NEAR(out[e], expected[e], tolerance) << "output " << e;
 
   kernels::AttentionBackward<T> b;
   static_cast<kernels::AttentionProblem<T>&>(b) = f;
-  b.block_rows = block_rows;
-  b.splits = splits;
+  b.lanes = lanes;
   b.grad_output = view(g.data(), s.heads, s.queries, s.value_dim);
   const bool biased = keep == kernels::Keep::curve;
   if (!biased) b.output = view(static_cast<const T*>(out.data()), s.heads, s.queries, s.value_dim);
-  std::vector<T> gq(q.size()), gk(splits * k.size()), gv(splits * v.size());
+  const T stale = T(99);  // gradients must not depend on what was there
+  std::vector<T> gq(q.size(), stale), gk(k.size(), stale), gv(v.size(), stale);
   b.grad_query = view(gq.data(), s.heads, s.queries, s.head_dim);
   b.grad_key = view(gk.data(), s.kv_heads, s.keys, s.head_dim);
   b.grad_value = view(gv.data(), s.kv_heads, s.keys, s.value_dim);
-  b.split_stride_key = static_cast<int64_t>(k.size());
-  b.split_stride_value = static_cast<int64_t>(v.size());
-  if constexpr (std::is_same_v<T, float>) {
-    cpu.backward_float(b, 0, b.tasks(), scratch.data());
-  } else {
-    cpu.backward_double(b, 0, b.tasks(), scratch.data());
+  for (b.phase = 0; b.phase < lanes; ++b.phase) {
+    // Lanes of a phase may run in any order.
+    for (int64_t task = b.tasks() - 1; task >= 0; --task) {
+      if constexpr (std::is_same_v<T, float>) {
+        cpu.backward_float(b, task, task + 1, scratch.data());
+      } else {
+        cpu.backward_double(b, task, task + 1, scratch.data());
+      }
+    }
   }
   const auto identity = [](const auto&, const auto& p) { return p; };
   reference::Gradients want =
@@ -269,9 +283,7 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
   const double slack = keep == kernels::Keep::codes ? 0.5 : tolerance * 10;
   const auto compare = [&](const std::vector<T>& have, const std::vector<double>& expect, const char* name) {
     for (size_t e = 0; e < expect.size(); ++e) {
-      double sum = 0;
-      for (size_t part = 0; part < have.size() / expect.size(); ++part) sum += have[part * expect.size() + e];
-      ASSERT_NEAR(sum, expect[e], slack * std::max(1.0, std::abs(expect[e]))) << name << " " << e;
+      ASSERT_NEAR(have[e], expect[e], slack * std::max(1.0, std::abs(expect[e]))) << name << " " << e;
     }
   };
   compare(gq, want.query, "grad_query");
@@ -282,20 +294,36 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
 TEST_P(Variant, AttentionEveryLength) {
   for (int64_t n : lengths()) {
     if (n > 300) continue;
-    check_attention<float>(cpu(), {1, 1, 1, 3, n, 5, 7}, Masking::none, kernels::Keep::lse, 0.0, 2, 1, 2e-5);
-    check_attention<float>(cpu(), {1, 1, 1, n, 9, 8, 3}, Masking::causal, kernels::Keep::lse, 0.3, 16, 1,
+    check_attention<float>(cpu(), {1, 1, 1, 3, n, 5, 7}, Masking::none, kernels::Keep::lse, 0.0, 16, 64, 1,
+                           2e-5);
+    check_attention<float>(cpu(), {1, 1, 1, n, 9, 8, 3}, Masking::causal, kernels::Keep::lse, 0.3, 64, 16, 1,
+                           2e-5);
+    check_attention<float>(cpu(), {1, 1, 1, 1, n, 19, n}, Masking::none, kernels::Keep::lse, 0.0, 16, 32, 1,
                            2e-5);
   }
 }
 
+TEST_P(Variant, AttentionEveryHeadSize) {
+  for (int64_t d : lengths()) {
+    if (d > 257) continue;
+    check_attention<float>(cpu(), {1, 2, 1, 18, 35, d, d}, Masking::none, kernels::Keep::lse, 0.1, 16, 16, 1,
+                           5e-5);
+    check_attention<double>(cpu(), {1, 1, 1, 2, 35, d, d}, Masking::boolean, kernels::Keep::lse, 0.0, 16, 16,
+                            1, 1e-12);
+  }
+}
+
 TEST_P(Variant, AttentionEveryPolicyAndMask) {
-  for (Masking masking :
-       {Masking::none, Masking::causal, Masking::window, Masking::boolean, Masking::additive}) {
-    for (kernels::Keep keep : {kernels::Keep::lse, kernels::Keep::curve, kernels::Keep::codes}) {
+  for (Masking masking : {Masking::none, Masking::causal, Masking::window, Masking::boolean,
+                          Masking::boolean_rows, Masking::additive}) {
+    for (kernels::Keep keep :
+         {kernels::Keep::lse, kernels::Keep::probabilities, kernels::Keep::curve, kernels::Keep::codes}) {
       for (double dropout : {0.0, 0.25}) {
-        for (const Shape& shape : {Shape{2, 4, 2, 33, 21, 8, 6}, Shape{2, 1, 1, 17, 40, 4, 16}}) {
-          check_attention<float>(cpu(), shape, masking, keep, dropout, 16, 1, 1e-5);
-          check_attention<double>(cpu(), shape, masking, keep, dropout, 5, 3, 1e-12);
+        for (const Shape& shape :
+             {Shape{2, 4, 2, 33, 21, 8, 6}, Shape{2, 1, 1, 17, 40, 4, 16}, Shape{2, 2, 1, 50, 90, 5, 20}}) {
+          check_attention<float>(cpu(), shape, masking, keep, dropout, 64, 128, 1, 1e-5);
+          check_attention<float>(cpu(), shape, masking, keep, dropout, 16, 16, 2, 1e-5);
+          check_attention<double>(cpu(), shape, masking, keep, dropout, 32, 32, 3, 1e-12);
         }
       }
     }
@@ -318,8 +346,8 @@ TEST_P(Variant, NanReachesOutputAndGradients) {
     f.keep = keep;
     f.m = 2;
     f.bits = 4;
-    f.gemm = kernels::gemm_plain;
-    f.block_rows = 4;
+    f.row_head = f.row_batch = n;
+    kernels::choose_tiles<float>(f);
     std::vector<float> lse(n), table(n * 8);
     std::vector<uint8_t> codes(n * n);
     f.lse = lse.data();
@@ -328,13 +356,12 @@ TEST_P(Variant, NanReachesOutputAndGradients) {
     f.table = table.data();
     f.table_width = keep == kernels::Keep::curve ? kernels::curve_width(n, 2) : 1;
     std::vector<std::max_align_t> scratch(
-        kernels::attention_scratch_bytes<float>(f, 4) / sizeof(std::max_align_t) + 1);
-    cpu().forward_float(f, 0, f.tasks(), scratch.data());
+        kernels::attention_scratch_bytes<float>(f) / sizeof(std::max_align_t) + 1);
+    cpu().forward_float(f, 0, kernels::forward_tasks<float>(f, nullptr), scratch.data());
     EXPECT_TRUE(std::isnan(out[0]));
     EXPECT_FALSE(std::isnan(out[d]));
     kernels::AttentionBackward<float> b;
     static_cast<kernels::AttentionProblem<float>&>(b) = f;
-    b.block_rows = 4;
     b.grad_output = {g.data(), n * d, n * d, d};
     std::vector<float> gq(n * d), gk(n * d), gv(n * d);
     b.grad_query = {gq.data(), n * d, n * d, d};

@@ -1,353 +1,537 @@
-// Attention in blocks of query rows. A block's scores stay in cache: product with the keys, scale and
-// mask, softmax, what the policy keeps, dropout, product with the values. The backward rebuilds the
-// block's P (from q, k and lse, or from the kept codes) and turns it in place into D P and dz, so that
-// two buffers of one block are all it needs.
+// Attention in tiles of query rows and keys. Forward: scores, mask, online softmax, dropout, product with
+// the values, then a second look at the tiles where the policy keeps something of P. Backward: a tile's P
+// again, from q, k and lse or from the kept codes, turned in place into D P and dz for the products that
+// make the gradients. Scratch is a few tiles, whatever the number of keys.
 
+#include "kernels/cpu/products.h"
 #include "kernels/cpu/rows.h"
+#include "kernels/cpu/tiles.h"
 #include "kernels/cpu/variants.h"
+
+#include <algorithm>
 
 namespace remnant::kernels::REMNANT_VARIANT {
 namespace {
 
-struct Range {
-  int64_t begin, end;
-};
+constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
+// A runner's scratch; every array begins on a whole vector.
 template <typename T>
-Range row_range(const AttentionProblem<T>& problem, int64_t i) {
-  int64_t begin = problem.left < 0 || i < problem.left ? 0 : i - problem.left;
-  int64_t end = problem.right < 0 || i + problem.right >= problem.keys ? problem.keys : i + problem.right + 1;
-  begin = begin < problem.keys ? begin : problem.keys;
-  return {begin, end < begin ? begin : end};
-}
+struct Scratch {
+  T *query, *grad;       // [head_dim][rows], [value_dim][rows]: transposed and scaled
+  T *scores, *products;  // [keys][rows]
+  T* output;             // [rows][value_dim]
+  T *maximum, *sum, *correction, *lse, *delta, *step;
+  T* row;  // one row of keys
+  uint8_t* allowed;
+  void* curve;
+  int64_t output_stride;
 
-// What all rows of a block may attend: tiles outside of it are never computed.
-template <typename T>
-Range block_range(const AttentionProblem<T>& problem, int64_t first, int64_t last) {
-  return {row_range(problem, first).begin, row_range(problem, last).end};
-}
-
-// A runner's scratch: two blocks of rows x keys, the random numbers of a block, a sorted row.
-template <typename T>
-struct BlockScratch {
-  T *scores, *products;
-  uint32_t* random;
-  CurveScratch<T> curve;
-
-  BlockScratch(void* memory, const AttentionProblem<T>& problem, int64_t block_rows)
-      : scores(static_cast<T*>(memory)),
-        products(scores + block_rows * problem.keys),
-        random(reinterpret_cast<uint32_t*>(products + block_rows * problem.keys)),
-        // Rounded up to an even count of words: the sorted row may hold doubles.
-        curve(random + (block_rows * (problem.keys + 16) + 1) / 2 * 2, problem.keys) {}
-};
-
-// z = scale * score + mask for one row of a block whose first column is key `from`; -inf outside.
-template <typename T>
-void mask_row(const AttentionProblem<T>& problem, int64_t b, int64_t h, int64_t i, Range block, T* row) {
-  constexpr T nothing = -std::numeric_limits<T>::infinity();
-  const Range range = row_range(problem, i);
-  for (int64_t j = block.begin; j < range.begin; ++j) row[j - block.begin] = nothing;
-  for (int64_t j = range.end > block.begin ? range.end : block.begin; j < block.end; ++j) {
-    row[j - block.begin] = nothing;
+  Scratch(void* memory, const AttentionProblem<T>& problem) {
+    auto* at = reinterpret_cast<T*>(round_up(reinterpret_cast<intptr_t>(memory), 64));
+    const auto take = [&](int64_t count) {
+      T* const begin = at;
+      at += count;
+      return begin;
+    };
+    const int64_t rows = problem.block_rows;
+    output_stride = round_up(problem.value_dim, kTileUnit);
+    query = take(round_up(problem.head_dim, kTileUnit) * rows);
+    grad = take(output_stride * rows);
+    output = take(output_stride * rows);
+    scores = take(problem.tile_keys * rows);
+    products = take(problem.tile_keys * rows);
+    maximum = take(rows);
+    sum = take(rows);
+    correction = take(rows);
+    lse = take(rows);
+    delta = take(rows);
+    step = take(rows);
+    row = take(problem.tile_keys);
+    allowed = reinterpret_cast<uint8_t*>(at);
+    curve = allowed + round_up(problem.tile_keys * rows, 64);
   }
-  const MaskView<T>& mask = problem.mask;
-  const int64_t offset = b * mask.batch + h * mask.head + i * mask.row;
-  if (mask.kind == MaskKind::boolean) {
-    const auto* allowed = static_cast<const uint8_t*>(mask.data) + offset;
-    if (mask.column == 1) {
-#pragma omp simd
-      for (int64_t j = range.begin; j < range.end; ++j) {
-        row[j - block.begin] = allowed[j] != 0 ? row[j - block.begin] : nothing;
-      }
+};
+
+template <typename T>
+TileDropout<T> tile_dropout(const AttentionProblem<T>& problem, const Block& block, const Tile& tile) {
+  return {&problem.seed,
+          problem.drop_threshold,
+          static_cast<T>(dropout_keep_scale(problem.drop_threshold)),
+          static_cast<uint32_t>(tile.begin / kDropoutColumns),
+          static_cast<uint32_t>(block.first),
+          block.head};
+}
+
+template <typename T>
+void transpose_query(const AttentionProblem<T>& problem, const Block& block, Scratch<T>& scratch) {
+  transpose<true>(problem.query.at(block.b, block.h, block.query_row + block.first), problem.query.row,
+                  block.rows, problem.head_dim, problem.scale, scratch.query, block.padded);
+  for (int64_t d = 0; d < problem.head_dim; ++d) {
+    for (int64_t r = round_up(block.rows, kWidth<T>); r < block.padded; ++r)
+      scratch.query[d * block.padded + r] = 0;
+  }
+}
+
+// A tile's masked logits.
+template <typename T>
+void score_tile(const AttentionProblem<T>& problem, const Block& block, const Tile& tile,
+                Scratch<T>& scratch) {
+  multiply<false, false>(tile.end - tile.begin, block.padded, problem.head_dim,
+                         problem.key.at(block.b, block.kv_head, block.key_row + tile.begin), problem.key.row,
+                         scratch.query, block.padded, scratch.scores, block.padded);
+  mask_tile(problem, block, tile, scratch.allowed, scratch.scores);
+}
+
+// lse of each row, -inf where it attends nothing, NaN where only Inf in the inputs leaves it without weight.
+template <typename T>
+void finish_lse(const AttentionProblem<T>& problem, const Block& block, Scratch<T>& scratch) {
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const T sum = scratch.sum[r];
+    if (sum == 0) {
+      scratch.lse[r] =
+          attends(problem, block, block.first + r) ? std::numeric_limits<T>::quiet_NaN() : kNothing<T>;
     } else {
-      for (int64_t j = range.begin; j < range.end; ++j) {
-        if (allowed[j * mask.column] == 0) row[j - block.begin] = nothing;
+      const T highest = scratch.maximum[r] == kNothing<T> ? T(0) : scratch.maximum[r];
+      scratch.lse[r] = highest + std::log(sum);
+    }
+  }
+}
+
+// In backward and when packing, exp(z - lse) of a row that attends nothing must be 0.
+template <typename T>
+void lse_for_probabilities(const T* lse, const Block& block, T* out) {
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  for (int64_t r = 0; r < block.rows; ++r) out[r] = lse[r] == kNothing<T> ? infinity : lse[r];
+  for (int64_t r = block.rows; r < block.padded; ++r) out[r] = infinity;
+}
+
+// The curve's rows: ranks and table from whole rows of logits. Needs lse; scores hold the logits.
+template <typename T>
+void keep_curve(const AttentionProblem<T>& problem, const Block& block, Scratch<T>& scratch) {
+  CurveScratch<T> curve(scratch.curve, block.keys);
+  const int64_t keys = block.keys;
+  T* const logits = scratch.products;  // [rows][tile_keys]
+  transpose<false>(scratch.scores, block.padded, keys, block.rows, T(1), logits, problem.tile_keys);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    T* const z = logits + r * problem.tile_keys;
+    const T lse = scratch.lse[r];
+    if (lse == kNothing<T>) {
+      for (int64_t j = 0; j < keys; ++j) scratch.row[j] = 0;
+    } else {
+      if (lse != lse) {
+        for (int64_t j = 0; j < keys; ++j) z[j] = lse;
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < keys; ++j) scratch.row[j] = exponential(z[j] - lse);
+    }
+    const int64_t row = block.residual_row + r;
+    curve_encode_row(z, scratch.row, keys, problem.m, problem.codes + row * problem.code_bytes,
+                     problem.table + row * problem.table_width, curve);
+  }
+}
+
+// Keeps a tile of P: scores hold its logits, lse is known.
+template <typename T>
+void keep_tile(const AttentionProblem<T>& problem, const Block& block, const Tile& tile,
+               Scratch<T>& scratch) {
+  const int64_t count = tile.end - tile.begin;
+  probabilities_tile(scratch.scores, block.padded, count, scratch.correction);
+  if (problem.keep == Keep::probabilities) {
+    transpose<false>(scratch.scores, block.padded, count, block.rows, T(1),
+                     problem.probabilities + block.residual_row * problem.keys + tile.begin, problem.keys);
+  } else {
+    quantize_tile(scratch.scores, block, tile, problem.bits, scratch.step, problem.seed,
+                  problem.codes + block.residual_row * problem.code_bytes, problem.code_bytes);
+  }
+}
+
+template <typename T>
+void forward_block(const AttentionForward<T>& problem, const Block& block, Scratch<T>& scratch) {
+  const bool curve = problem.keep == Keep::curve;
+  const bool keeps_tiles = problem.keep == Keep::probabilities || problem.keep == Keep::codes;
+  for (int64_t r = 0; r < block.padded; ++r) {
+    scratch.maximum[r] = kNothing<T>;
+    scratch.sum[r] = 0;
+  }
+  transpose_query(problem, block, scratch);
+  bool first = true;
+  for (int64_t begin = 0; begin < block.keys; begin += problem.tile_keys) {
+    const Tile tile = make_tile(problem, block, begin, begin + problem.tile_keys, curve, scratch.allowed);
+    const int64_t count = tile.end - tile.begin;
+    if (count <= 0) continue;
+    score_tile(problem, block, tile, scratch);
+    if (curve) {
+      // Whole rows: their logits are sorted before they turn into P.
+      std::memcpy(scratch.products, scratch.scores, static_cast<size_t>(count * block.padded) * sizeof(T));
+    }
+    const TileDropout<T> drop = tile_dropout(problem, block, tile);
+    const bool corrects = problem.drop_threshold > 0
+                              ? softmax_tile<true>(scratch.scores, block.padded, count, scratch.maximum,
+                                                   scratch.sum, scratch.correction, drop)
+                              : softmax_tile<false>(scratch.scores, block.padded, count, scratch.maximum,
+                                                    scratch.sum, scratch.correction, drop);
+    const T* const value = problem.value.at(block.b, block.kv_head, block.key_row + tile.begin);
+    if (first) {
+      multiply<true, false>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value,
+                            problem.value.row, scratch.output, scratch.output_stride);
+    } else {
+      if (corrects) {
+        for (int64_t r = 0; r < block.rows; ++r) {
+          T* const out = scratch.output + r * scratch.output_stride;
+          const T factor = scratch.correction[r];
+#pragma omp simd
+          for (int64_t d = 0; d < problem.value_dim; ++d) out[d] *= factor;
+        }
+      }
+      multiply<true, true>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value,
+                           problem.value.row, scratch.output, scratch.output_stride);
+    }
+    first = false;
+  }
+  finish_lse(problem, block, scratch);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    T* const out = problem.output.at(block.b, block.h, block.query_row + block.first + r);
+    const T* const from = scratch.output + r * scratch.output_stride;
+    if (scratch.sum[r] == 0) {
+      const T empty = scratch.lse[r] == kNothing<T> ? T(0) : scratch.lse[r];
+      for (int64_t d = 0; d < problem.value_dim; ++d) out[d] = empty;
+    } else {
+      const T inverse = T(1) / scratch.sum[r];
+#pragma omp simd
+      for (int64_t d = 0; d < problem.value_dim; ++d) out[d] = from[d] * inverse;
+    }
+  }
+  if (problem.keep == Keep::lse) {
+    for (int64_t r = 0; r < block.rows; ++r) problem.lse[block.residual_row + r] = scratch.lse[r];
+  } else if (curve) {
+    if (block.keys > 0) {
+      std::swap(scratch.scores, scratch.products);
+      keep_curve(problem, block, scratch);
+    }
+  } else if (keeps_tiles) {
+    lse_for_probabilities(scratch.lse, block, scratch.correction);
+    if (problem.keep == Keep::probabilities) {
+      std::memset(problem.probabilities + block.residual_row * problem.keys, 0,
+                  static_cast<size_t>(block.rows * problem.keys) * sizeof(T));
+    } else {
+      std::memset(problem.codes + block.residual_row * problem.code_bytes, 0,
+                  static_cast<size_t>(block.rows * problem.code_bytes));
+      for (int64_t r = 0; r < block.padded; ++r) {
+        // The row's largest p by the operations that its codes are made from.
+        const T lse = scratch.correction[r];
+        scratch.step[r] = lse != lse ? lse : exponential(scratch.maximum[r] - lse);
+        if (r < block.rows) problem.table[block.residual_row + r] = scratch.step[r];
       }
     }
-  } else if (mask.kind == MaskKind::additive) {
-    const auto* bias = static_cast<const T*>(mask.data) + offset;
-    for (int64_t j = range.begin; j < range.end; ++j) row[j - block.begin] += bias[j * mask.column];
-  }
-}
-
-// Whether the masks leave row i any key: scores of -Inf throughout then come from Inf in the inputs.
-template <typename T>
-bool attends(const AttentionProblem<T>& problem, int64_t b, int64_t h, int64_t i) {
-  const Range range = row_range(problem, i);
-  const MaskView<T>& mask = problem.mask;
-  const int64_t offset = b * mask.batch + h * mask.head + i * mask.row;
-  for (int64_t j = range.begin; j < range.end; ++j) {
-    if (mask.kind == MaskKind::none) return true;
-    const int64_t at = offset + j * mask.column;
-    if (mask.kind == MaskKind::boolean
-            ? static_cast<const uint8_t*>(mask.data)[at] != 0
-            : static_cast<const T*>(mask.data)[at] != -std::numeric_limits<T>::infinity()) {
-      return true;
+    for (int64_t begin = 0; begin < block.keys; begin += problem.tile_keys) {
+      const Tile tile = make_tile(problem, block, begin, begin + problem.tile_keys, false, scratch.allowed);
+      if (tile.begin >= tile.end) continue;
+      score_tile(problem, block, tile, scratch);
+      keep_tile(problem, block, tile, scratch);
     }
   }
-  return false;
 }
 
-// In place z -> p; returns lse, -inf for a row that attends nothing (its p is 0).
+// One or two query rows (decoding): vectors run along keys and dimensions instead of rows.
+constexpr int64_t kFewRows = 2;
+
 template <typename T>
-T softmax_row(T* row, int64_t keys) {
-  constexpr T nothing = -std::numeric_limits<T>::infinity();
-  T highest = nothing;
-#pragma omp simd reduction(max : highest)
-  for (int64_t j = 0; j < keys; ++j) highest = row[j] > highest ? row[j] : highest;
-  // Nothing valid, or only NaN, which the sum below brings back.
-  if (highest == nothing) highest = 0;
+bool has_few_rows(const AttentionForward<T>& problem, const Block& block) {
+  return block.rows <= kFewRows && problem.drop_threshold == 0 && problem.mask.kind != MaskKind::additive &&
+         (problem.keep == Keep::nothing || problem.keep == Keep::lse);
+}
+
+template <typename T>
+REMNANT_ALWAYS_INLINE T add_lanes(Vector<T> v) {
   T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < keys; ++j) {
-    row[j] = exponential(row[j] - highest);
-    sum += row[j];
+  for (int l = 0; l < kWidth<T>; ++l) sum += v[l];
+  return sum;
+}
+
+template <typename T>
+T dot(const T* a, const T* b, int64_t count) {
+  constexpr int width = kWidth<T>;
+  Vector<T> sum[2] = {};
+  int64_t d = 0;
+  for (; d + 2 * width <= count; d += 2 * width) {
+    sum[0] += load(a + d) * load(b + d);
+    sum[1] += load(a + d + width) * load(b + d + width);
   }
-  if (sum == 0) return nothing;
-  const T inverse = T(1) / sum;
-#pragma omp simd
-  for (int64_t j = 0; j < keys; ++j) row[j] *= inverse;
-  return highest + std::log(sum);
-}
-
-// In place z -> p from the kept lse.
-template <typename T>
-void softmax_row_from_lse(T* row, int64_t keys, T lse) {
-  if (lse == -std::numeric_limits<T>::infinity()) {
-    for (int64_t j = 0; j < keys; ++j) row[j] = 0;
-    return;
+  for (; d < count; d += width) {
+    const int64_t left = count - d < width ? count - d : width;
+    sum[0] += load_part(a + d, left) * load_part(b + d, left);
   }
-#pragma omp simd
-  for (int64_t j = 0; j < keys; ++j) row[j] = exponential(row[j] - lse);
+  return add_lanes<T>(sum[0] + sum[1]);
 }
 
-// A row's logits into its kept place, where they become p from lse: the same operations that policy
-// recompute repeats in its backward, so that both policies give the same bits. 0 outside of the range.
 template <typename T>
-void keep_logits(const AttentionProblem<T>& problem, int64_t row, Range range, const T* logits) {
-  T* kept = problem.probabilities + row * problem.keys;
-  for (int64_t j = 0; j < range.begin; ++j) kept[j] = 0;
-  for (int64_t j = range.begin; j < range.end; ++j) kept[j] = logits[j - range.begin];
-  for (int64_t j = range.end; j < problem.keys; ++j) kept[j] = 0;
+void forward_few_rows(const AttentionForward<T>& problem, const Block& block, Scratch<T>& scratch) {
+  constexpr int width = kWidth<T>;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t i = block.first + r;
+    const T* const query = problem.query.at(block.b, block.h, block.query_row + i);
+    T* const sums = scratch.output;
+    T* const scaled = scratch.query;
+    for (int64_t d = 0; d < problem.head_dim; ++d) scaled[d] = query[d] * problem.scale;
+    for (int64_t d = 0; d < problem.value_dim; ++d) sums[d] = 0;
+    const Range range = row_range(problem, block.keys, i);
+    const auto* may = problem.mask.kind == MaskKind::boolean
+                          ? static_cast<const uint8_t*>(problem.mask.data) + block.b * problem.mask.batch +
+                                block.h * problem.mask.head + i * problem.mask.row
+                          : nullptr;
+    T highest = kNothing<T>, sum = 0;
+    T* const z = scratch.row;
+    for (int64_t begin = range.begin; begin < range.end; begin += problem.tile_keys) {
+      const int64_t count = std::min(problem.tile_keys, range.end - begin);
+      T now = highest;
+      for (int64_t j = 0; j < count; ++j) {
+        const bool allowed = may == nullptr || may[(begin + j) * problem.mask.column] != 0;
+        z[j] = allowed ? dot(scaled, problem.key.at(block.b, block.kv_head, block.key_row + begin + j),
+                             problem.head_dim)
+                       : kNothing<T>;
+        now = z[j] > now ? z[j] : now;
+      }
+      const T base = now == kNothing<T> ? T(0) : now;
+      const T factor = exponential(highest - base);
+      sum *= factor;
+      T part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = 0; j < count; ++j) {
+        z[j] = exponential(z[j] - base);
+        part += z[j];
+      }
+      sum += part;
+      highest = now;
+      const T* const values = problem.value.at(block.b, block.kv_head, block.key_row + begin);
+      for (int64_t d = 0; d < problem.value_dim; d += 4 * width) {
+        const int64_t left = problem.value_dim - d;
+        const auto lanes = [&](int v) { return std::clamp<int64_t>(left - v * width, 0, width); };
+        Vector<T> total[4];
+        const bool whole = left >= 4 * width;
+        for (int v = 0; v < 4; ++v) total[v] = load_part(sums + d + v * width, lanes(v)) * factor;
+        for (int64_t j = 0; j < count; ++j) {
+          const T* const value = values + j * problem.value.row + d;
+          for (int v = 0; v < 4; ++v) {
+            total[v] +=
+                z[j] * (whole ? load(value + v * width)
+                              : (lanes(v) > 0 ? load_part(value + v * width, lanes(v)) : Vector<T>{}));
+          }
+        }
+        for (int v = 0; v < 4; ++v) {
+          if (lanes(v) > 0) store_part(sums + d + v * width, total[v], lanes(v));
+        }
+      }
+    }
+    T lse = highest + std::log(sum);
+    T* const out = problem.output.at(block.b, block.h, block.query_row + i);
+    if (sum == 0) {
+      const bool empty = !attends(problem, block, i);
+      lse = empty ? kNothing<T> : std::numeric_limits<T>::quiet_NaN();
+      for (int64_t d = 0; d < problem.value_dim; ++d) out[d] = empty ? T(0) : lse;
+    } else {
+      for (int64_t d = 0; d < problem.value_dim; ++d) out[d] = sums[d] / sum;
+      if (sum != sum) lse = sum;  // NaN scores do not reach the maximum
+    }
+    if (problem.keep == Keep::lse) problem.lse[block.residual_row + r] = lse;
+  }
 }
 
-// The scores of rows [first, first + rows) against keys in `range`, scaled.
 template <typename T>
-void score_block(const AttentionProblem<T>& problem, int64_t b, int64_t h, int64_t first, int64_t rows,
-                 Range range, T* scores) {
-  const int64_t kv_head = h / (problem.heads / problem.kv_heads);
-  problem.gemm(false, true, rows, range.end - range.begin, problem.head_dim, problem.scale,
-               problem.query.at(b, h, first), problem.query.row, problem.key.at(b, kv_head, range.begin),
-               problem.key.row, T(0), scores, range.end - range.begin);
+Block forward_task(const AttentionForward<T>& problem, int64_t task) {
+  int64_t b = 0, queries = problem.queries, first_task = 0;
+  if (problem.sequences != nullptr) {
+    // The last sequence that begins no later.
+    const Sequence* const after =
+        std::upper_bound(problem.sequences, problem.sequences + problem.batch, task,
+                         [](int64_t t, const Sequence& s) { return t < s.first_task; });
+    b = after - problem.sequences - 1;
+    queries = problem.sequences[b].queries;
+    first_task = problem.sequences[b].first_task;
+  } else {
+    const int64_t each = problem.heads * ((queries + problem.block_rows - 1) / problem.block_rows);
+    b = task / each;
+    first_task = b * each;
+  }
+  const int64_t blocks = (queries + problem.block_rows - 1) / problem.block_rows;
+  return make_block(problem, b, (task - first_task) / blocks,
+                    (task - first_task) % blocks * problem.block_rows);
 }
 
-// Random bits that decide dropout for a block; column `range.begin` of row r is at
-// bits[r * stride + skip].
-struct DropoutBlock {
-  const uint16_t* bits;
-  int64_t stride, skip;
-};
+template <typename T>
+void zero_rows(const HeadView<T>& view, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dims) {
+  if (view.data == nullptr) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memset(view.at(b, h, first + r), 0, static_cast<size_t>(dims) * sizeof(T));
+  }
+}
+
+// Which of `lanes` an item belongs to: there and back again, so that triangles share out evenly.
+int64_t lane_of(int64_t item, int64_t lanes) {
+  const int64_t at = item % (2 * lanes);
+  return at < lanes ? at : 2 * lanes - 1 - at;
+}
+
+// A tile of P from what the policy kept, into scores; logits instead where lse will make P of them.
+template <typename T>
+void rebuild_tile(const AttentionBackward<T>& problem, const Block& block, const Tile& tile,
+                  Scratch<T>& scratch) {
+  const int64_t count = tile.end - tile.begin;
+  switch (problem.keep) {
+    case Keep::probabilities:
+      transpose<true>(problem.probabilities + block.residual_row * problem.keys + tile.begin, problem.keys,
+                      block.rows, count, T(1), scratch.scores, block.padded);
+      break;
+    case Keep::codes:
+      dequantize_tile(problem.codes + block.residual_row * problem.code_bytes, problem.code_bytes, block,
+                      tile, problem.bits, scratch.step, scratch.scores);
+      break;
+    case Keep::curve: {
+      CurveScratch<T> curve(scratch.curve, block.keys);
+      for (int64_t r = 0; r < block.rows; ++r) {
+        const int64_t row = block.residual_row + r;
+        curve_decode_row(problem.codes + row * problem.code_bytes, problem.table + row * problem.table_width,
+                         block.keys, problem.m, problem.paper_text, scratch.products + r * problem.tile_keys,
+                         curve);
+      }
+      transpose<true>(scratch.products, problem.tile_keys, block.rows, count, T(1), scratch.scores,
+                      block.padded);
+      break;
+    }
+    default:
+      score_tile(problem, block, tile, scratch);
+      return;
+  }
+  // Padding that the transposition does not reach, and keys up to a whole block of columns.
+  const int64_t written = round_up(block.rows, kWidth<T>);
+  for (int64_t j = 0; j < count && written < block.padded; ++j) {
+    for (int64_t r = written; r < block.padded; ++r) scratch.scores[j * block.padded + r] = 0;
+  }
+  const int64_t end = round_up(count, kDropoutColumns);
+  std::memset(scratch.scores + count * block.padded, 0,
+              static_cast<size_t>((end - count) * block.padded) * sizeof(T));
+}
 
 template <typename T>
-DropoutBlock dropout_block(const AttentionProblem<T>& problem, int64_t head, int64_t first, int64_t rows,
-                           Range range, uint32_t* random) {
-  const int64_t block = range.begin / kDropoutColumns;
-  const int64_t blocks = (range.end + kDropoutColumns - 1) / kDropoutColumns - block;
-  auto* bits = reinterpret_cast<uint16_t*>(random);
-  dropout_bits(problem.seed, static_cast<uint32_t>(head), first, rows, block, blocks, bits);
-  return {bits, blocks * kDropoutColumns, range.begin - block * kDropoutColumns};
+void backward_block(const AttentionBackward<T>& problem, const Block& block, int64_t segment,
+                    Scratch<T>& scratch) {
+  const bool needs_dz = problem.grad_query.data != nullptr || problem.grad_key.data != nullptr;
+  const bool drops = problem.drop_threshold > 0;
+  const bool curve = problem.keep == Keep::curve;
+  const int64_t query_row = block.query_row + block.first;
+  const T* const g = problem.grad_output.at(block.b, block.h, query_row);
+  if (problem.keep == Keep::lse) {
+    transpose_query(problem, block, scratch);
+    lse_for_probabilities(problem.lse + block.residual_row, block, scratch.lse);
+  } else if (problem.keep == Keep::codes) {
+    const auto levels = static_cast<T>((1 << problem.bits) - 1);
+    for (int64_t r = 0; r < block.padded; ++r) {
+      scratch.step[r] = r < block.rows ? problem.table[block.residual_row + r] / levels : T(0);
+    }
+  }
+  for (int64_t r = 0; r < block.padded; ++r) scratch.delta[r] = 0;
+  if (needs_dz) {
+    // The scale of dq and dk is in g here, so that no tile has to be scaled.
+    transpose<true>(g, problem.grad_output.row, block.rows, problem.value_dim, problem.scale, scratch.grad,
+                    block.padded);
+    for (int64_t d = 0; d < problem.value_dim; ++d) {
+      for (int64_t r = round_up(block.rows, kWidth<T>); r < block.padded; ++r)
+        scratch.grad[d * block.padded + r] = 0;
+    }
+    if (problem.output.data != nullptr) {
+      for (int64_t r = 0; r < block.rows; ++r) {
+        scratch.delta[r] =
+            problem.scale * dot(g + r * problem.grad_output.row,
+                                problem.output.at(block.b, block.h, query_row + r), problem.value_dim);
+      }
+    }
+  }
+  for (int64_t index = 0, begin = 0; begin < block.keys; ++index, begin += problem.tile_keys) {
+    if (problem.lanes > 1 && lane_of(index, problem.lanes) != segment) continue;
+    const Tile tile = make_tile(problem, block, begin, begin + problem.tile_keys, curve, scratch.allowed);
+    const int64_t count = tile.end - tile.begin;
+    if (count <= 0) continue;
+    rebuild_tile(problem, block, tile, scratch);
+    T* const products = needs_dz ? scratch.products : nullptr;
+    if (needs_dz) {
+      multiply<false, false>(count, block.padded, problem.value_dim,
+                             problem.value.at(block.b, block.kv_head, block.key_row + tile.begin),
+                             problem.value.row, scratch.grad, block.padded, products, block.padded);
+      const int64_t end = round_up(count, kDropoutColumns);
+      std::memset(products + count * block.padded, 0,
+                  static_cast<size_t>((end - count) * block.padded) * sizeof(T));
+    }
+    const TileDropout<T> drop = tile_dropout(problem, block, tile);
+    if (needs_dz && problem.output.data == nullptr) {
+      (drops ? delta_tile<true, T> : delta_tile<false, T>)(scratch.scores, products, block.padded, count,
+                                                           scratch.delta, drop);
+    }
+    const bool logits = problem.keep == Keep::lse;
+    const auto pass = drops ? (logits ? gradient_tile<true, true, T> : gradient_tile<true, false, T>)
+                            : (logits ? gradient_tile<false, true, T> : gradient_tile<false, false, T>);
+    pass(scratch.scores, products, block.padded, count, scratch.lse, scratch.delta, drop);
+    const int64_t key_row = block.key_row + tile.begin;
+    if (problem.grad_value.data != nullptr) {
+      multiply<false, true>(count, problem.value_dim, block.rows, scratch.scores, block.padded, g,
+                            problem.grad_output.row, problem.grad_value.at(block.b, block.kv_head, key_row),
+                            problem.grad_value.row);
+    }
+    if (problem.grad_key.data != nullptr) {
+      multiply<false, true>(count, problem.head_dim, block.rows, products, block.padded,
+                            problem.query.at(block.b, block.h, query_row), problem.query.row,
+                            problem.grad_key.at(block.b, block.kv_head, key_row), problem.grad_key.row);
+    }
+    if (problem.grad_query.data != nullptr) {
+      multiply<true, true>(block.rows, problem.head_dim, count, products, block.padded,
+                           problem.key.at(block.b, block.kv_head, key_row), problem.key.row,
+                           problem.grad_query.at(block.b, block.h, query_row), problem.grad_query.row);
+    }
+  }
 }
 
 }  // namespace
 
 template <typename T>
 void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_t end, void* memory) {
-  BlockScratch<T> scratch(memory, problem, problem.block_rows);
-  const int64_t blocks = problem.row_blocks();
-  const T keep_scale = static_cast<T>(dropout_keep_scale(problem.drop_threshold));
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / blocks;
-    const int64_t b = head / problem.heads;
-    const int64_t h = head % problem.heads;
-    const int64_t first = (task % blocks) * problem.block_rows;
-    const int64_t rows =
-        first + problem.block_rows < problem.queries ? problem.block_rows : problem.queries - first;
-    // Packed rows are as long as the keys whatever the mask, so they are made from whole rows.
-    const bool packs = problem.keep == Keep::curve || problem.keep == Keep::codes;
-    const Range range = packs ? Range{0, problem.keys} : block_range(problem, first, first + rows - 1);
-    const int64_t width = range.end - range.begin;
-    const int64_t row0 = head * problem.queries + first;
-    if (width == 0) {
-      for (int64_t r = 0; r < rows; ++r) {
-        T* out = problem.output.at(b, h, first + r);
-        for (int64_t d = 0; d < problem.value_dim; ++d) out[d] = 0;
-        if (problem.keep == Keep::lse) problem.lse[row0 + r] = -std::numeric_limits<T>::infinity();
-        if (problem.keep == Keep::probabilities)
-          keep_logits(problem, row0 + r, range, static_cast<const T*>(nullptr));
-      }
-      continue;
+    Scratch<T> scratch(memory, problem);
+    const Block block = forward_task(problem, task);
+    if (has_few_rows(problem, block)) {
+      forward_few_rows(problem, block, scratch);
+    } else {
+      forward_block(problem, block, scratch);
     }
-    T* scores = scratch.scores;
-    score_block(problem, b, h, first, rows, range, scores);
-    if (problem.keep == Keep::codes) {
-      const int64_t random_blocks = (problem.keys + kRoundingColumns - 1) / kRoundingColumns;
-      random_words(problem.seed, Stream::rounding, static_cast<uint32_t>(head), first, rows, 0, random_blocks,
-                   scratch.random);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      T* row = scores + r * width;
-      mask_row(problem, b, h, first + r, range, row);
-      T* logits = scratch.products;
-      if (problem.keep == Keep::curve) std::memcpy(logits, row, static_cast<size_t>(width) * sizeof(T));
-      if (problem.keep == Keep::probabilities) keep_logits(problem, row0 + r, range, row);
-      T lse = softmax_row(row, width);
-      if (lse == -std::numeric_limits<T>::infinity() && attends(problem, b, h, first + r)) {
-        lse = std::numeric_limits<T>::quiet_NaN();
-        for (int64_t j = 0; j < width; ++j) logits[j] = row[j] = lse;
-      }
-      if (problem.keep == Keep::curve) {
-        curve_encode_row(logits, row, width, problem.m, problem.codes + (row0 + r) * problem.code_bytes,
-                         problem.table + (row0 + r) * problem.table_width, scratch.curve);
-        continue;
-      }
-      if (problem.keep == Keep::lse) {
-        problem.lse[row0 + r] = lse;
-      } else if (problem.keep == Keep::probabilities) {
-        softmax_row_from_lse(problem.probabilities + (row0 + r) * problem.keys + range.begin, width, lse);
-      } else if (problem.keep == Keep::codes) {
-        const int64_t stride = (problem.keys + kRoundingColumns - 1) / kRoundingColumns * kRoundingColumns;
-        problem.table[row0 + r] = quantize_row(row, width, problem.bits, scratch.random + r * stride,
-                                               problem.codes + (row0 + r) * problem.code_bytes);
-      }
-    }
-    if (problem.drop_threshold > 0) {
-      const DropoutBlock drop = dropout_block(problem, head, first, rows, range, scratch.random);
-      for (int64_t r = 0; r < rows; ++r) {
-        T* row = scores + r * width;
-        const uint16_t* bits = drop.bits + r * drop.stride + drop.skip;
-#pragma omp simd
-        for (int64_t j = 0; j < width; ++j) {
-          // Multiplied, not selected: a NaN must survive being dropped, as in torch.
-          row[j] *= bits[j] >= problem.drop_threshold ? keep_scale : T(0);
-        }
-      }
-    }
-    const int64_t kv_head = h / (problem.heads / problem.kv_heads);
-    problem.gemm(false, false, rows, problem.value_dim, width, T(1), scores, width,
-                 problem.value.at(b, kv_head, range.begin), problem.value.row, T(0),
-                 problem.output.at(b, h, first), problem.output.row);
   }
 }
 
 template <typename T>
 void attention_backward(const AttentionBackward<T>& problem, int64_t begin, int64_t end, void* memory) {
-  BlockScratch<T> scratch(memory, problem, problem.block_rows);
+  Scratch<T> scratch(memory, problem);
   const int64_t group = problem.heads / problem.kv_heads;
-  const int64_t blocks = (problem.queries + problem.block_rows - 1) / problem.block_rows;
-  const T keep_scale = static_cast<T>(dropout_keep_scale(problem.drop_threshold));
-  const bool needs_dz = problem.grad_query.data != nullptr || problem.grad_key.data != nullptr;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t split = task % problem.splits;
-    const int64_t kv = task / problem.splits;
-    const int64_t b = kv / problem.kv_heads;
-    const int64_t kv_head = kv % problem.kv_heads;
-    T* const grad_key = problem.grad_key.data == nullptr
-                            ? nullptr
-                            : problem.grad_key.at(b, kv_head, 0) + split * problem.split_stride_key;
-    T* const grad_value = problem.grad_value.data == nullptr
-                              ? nullptr
-                              : problem.grad_value.at(b, kv_head, 0) + split * problem.split_stride_value;
-    const int64_t work = group * blocks;
-    for (int64_t item = work * split / problem.splits; item < work * (split + 1) / problem.splits; ++item) {
-      const int64_t h = kv_head * group + item / blocks;
-      const int64_t head = b * problem.heads + h;
-      const int64_t first = (item % blocks) * problem.block_rows;
-      const int64_t rows =
-          first + problem.block_rows < problem.queries ? problem.block_rows : problem.queries - first;
-      const bool packed = problem.keep == Keep::curve || problem.keep == Keep::codes;
-      const Range range = packed ? Range{0, problem.keys} : block_range(problem, first, first + rows - 1);
-      const int64_t width = range.end - range.begin;
-      const int64_t row0 = head * problem.queries + first;
-      if (width == 0) continue;  // the gradients are zero already
-      T* p = scratch.scores;
-      T* dz = scratch.products;
-      if (problem.keep == Keep::lse) {
-        score_block(problem, b, h, first, rows, range, p);
-        for (int64_t r = 0; r < rows; ++r) {
-          mask_row(problem, b, h, first + r, range, p + r * width);
-          softmax_row_from_lse(p + r * width, width, problem.lse[row0 + r]);
+    const int64_t lane = task % problem.lanes;
+    const int64_t b = task / problem.lanes / problem.kv_heads;
+    const int64_t kv_head = task / problem.lanes % problem.kv_heads;
+    const int64_t segment = (lane + problem.phase) % problem.lanes;
+    Sequence sequence{0, problem.queries, 0, problem.keys, 0};
+    if (problem.sequences != nullptr) sequence = problem.sequences[b];
+    if (problem.phase == 0) {
+      for (int64_t index = 0, at = 0; at < sequence.keys; ++index, at += problem.tile_keys) {
+        if (lane_of(index, problem.lanes) != segment) continue;
+        const int64_t count = std::min(problem.tile_keys, sequence.keys - at);
+        zero_rows(problem.grad_key, b, kv_head, sequence.first_key + at, count, problem.head_dim);
+        zero_rows(problem.grad_value, b, kv_head, sequence.first_key + at, count, problem.value_dim);
+      }
+    }
+    int64_t item = 0;
+    for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+      for (int64_t first = 0; first < sequence.queries; first += problem.block_rows, ++item) {
+        if (lane_of(item, problem.lanes) != lane) continue;
+        const Block block = make_block(problem, b, h, first);
+        if (problem.phase == 0) {
+          zero_rows(problem.grad_query, b, h, block.query_row + first, block.rows, problem.head_dim);
         }
-      } else if (problem.keep == Keep::probabilities) {
-        for (int64_t r = 0; r < rows; ++r) {
-          std::memcpy(p + r * width, problem.probabilities + (row0 + r) * problem.keys + range.begin,
-                      static_cast<size_t>(width) * sizeof(T));
-        }
-      } else {
-        for (int64_t r = 0; r < rows; ++r) {
-          const uint8_t* codes = problem.codes + (row0 + r) * problem.code_bytes;
-          const T* table = problem.table + (row0 + r) * problem.table_width;
-          if (problem.keep == Keep::curve) {
-            curve_decode_row(codes, table, width, problem.m, problem.paper_text, p + r * width,
-                             scratch.curve);
-          } else {
-            dequantize_row(codes, table[0], width, problem.bits, p + r * width);
-          }
-        }
-      }
-      DropoutBlock drop{};
-      if (problem.drop_threshold > 0) {
-        drop = dropout_block(problem, head, first, rows, range, scratch.random);
-      }
-      const T* g = problem.grad_output.at(b, h, first);
-      if (needs_dz) {
-        problem.gemm(false, true, rows, width, problem.value_dim, T(1), g, problem.grad_output.row,
-                     problem.value.at(b, kv_head, range.begin), problem.value.row, T(0), dz, width);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        T* p_row = p + r * width;
-        T* a = dz + r * width;
-        const uint16_t* bits = problem.drop_threshold > 0 ? drop.bits + r * drop.stride + drop.skip : nullptr;
-        if (needs_dz) {
-          if (bits != nullptr) {
-#pragma omp simd
-            for (int64_t j = 0; j < width; ++j) {
-              a[j] *= bits[j] >= problem.drop_threshold ? keep_scale : T(0);
-            }
-          }
-          T delta = 0;
-          if (problem.output.data != nullptr) {
-            const T* o = problem.output.at(b, h, first + r);
-            const T* g_row = g + r * problem.grad_output.row;
-#pragma omp simd reduction(+ : delta)
-            for (int64_t d = 0; d < problem.value_dim; ++d) delta += g_row[d] * o[d];
-          } else {
-#pragma omp simd reduction(+ : delta)
-            for (int64_t j = 0; j < width; ++j) delta += p_row[j] * a[j];
-          }
-#pragma omp simd
-          for (int64_t j = 0; j < width; ++j) a[j] = p_row[j] * (a[j] - delta) * problem.scale;
-        }
-        if (grad_value != nullptr && bits != nullptr) {
-#pragma omp simd
-          for (int64_t j = 0; j < width; ++j) {
-            p_row[j] *= bits[j] >= problem.drop_threshold ? keep_scale : T(0);
-          }
-        }
-      }
-      if (grad_value != nullptr) {
-        problem.gemm(true, false, width, problem.value_dim, rows, T(1), p, width, g, problem.grad_output.row,
-                     T(1), grad_value + range.begin * problem.grad_value.row, problem.grad_value.row);
-      }
-      if (grad_key != nullptr) {
-        problem.gemm(true, false, width, problem.head_dim, rows, T(1), dz, width,
-                     problem.query.at(b, h, first), problem.query.row, T(1),
-                     grad_key + range.begin * problem.grad_key.row, problem.grad_key.row);
-      }
-      if (problem.grad_query.data != nullptr) {
-        problem.gemm(false, false, rows, problem.head_dim, width, T(1), dz, width,
-                     problem.key.at(b, kv_head, range.begin), problem.key.row, T(0),
-                     problem.grad_query.at(b, h, first), problem.grad_query.row);
+        backward_block(problem, block, segment, scratch);
       }
     }
   }

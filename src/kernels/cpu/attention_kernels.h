@@ -4,14 +4,8 @@
 
 #include <cstdint>
 
-/// Torch-free CPU kernels. They run serially over a range of tasks, neither throw nor print, and take
-/// their matrix product as a pointer, so that whoever calls decides which one is fastest.
+/// Torch-free CPU kernels. They run serially over a range of tasks and neither throw nor print.
 namespace remnant::kernels {
-
-/// Row-major C (m x n) = alpha * op(A) op(B) + beta * C; beta is 0 or 1 (0: C is not read).
-template <typename T>
-using Gemm = void (*)(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, T alpha,
-                      const T* a, int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc);
 
 /// A [B, H, N, D] tensor whose last stride is 1.
 template <typename T>
@@ -35,9 +29,16 @@ struct MaskView {
 /// What backward is fed with, one of the policies that keep less than P.
 enum class Keep { nothing, probabilities, lse, curve, codes };
 
+/// One sequence of a packed batch: where its rows begin in the packed tensors, how many there are, and how
+/// many of the forward's tasks come before it.
+struct Sequence {
+  int64_t first_query = 0, queries = 0, first_key = 0, keys = 0, first_task = 0;
+};
+
 template <typename T>
 struct AttentionProblem {
   int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
+  const Sequence* sequences = nullptr;  // [batch] when packed; queries and keys are then the longest ones
   HeadView<const T> query, key, value;
   MaskView<T> mask;
   int64_t left = -1, right = -1;  // query i attends [i - left, i + right]; -1: no bound
@@ -54,35 +55,42 @@ struct AttentionProblem {
   int64_t code_bytes = 0;
   T* table = nullptr;  // [B, H, Nq, table_width]: the curve's numbers, or the codes' row maximum
   int64_t table_width = 0;
-  Gemm<T> gemm = nullptr;
+  int64_t row_batch = 0, row_head = 0;  // residuals of query i of (b, h): b row_batch + h row_head + i
+  // A tile of scores: rows of queries, at most block_rows, times keys; both multiples of kTileUnit.
+  int64_t block_rows = 0, tile_keys = 0;
 };
+
+constexpr int64_t kTileUnit = 16;
 
 template <typename T>
 struct AttentionForward : AttentionProblem<T> {
   HeadView<T> output;
-  int64_t block_rows = 0;
-
-  REMNANT_ALWAYS_INLINE int64_t row_blocks() const { return (this->queries + block_rows - 1) / block_rows; }
-  REMNANT_ALWAYS_INLINE int64_t tasks() const { return this->batch * this->heads * row_blocks(); }
 };
 
-/// A task is one key-value head and one of `splits` shares of its rows; shares add up in a fixed
-/// order afterwards, so that results depend on the number of shares only, never on timing.
+/// dK and dV belong to one key-value head, dQ to one query head, and nothing is shared by atomics: a task
+/// is a key-value head and one of `lanes` shares of its query blocks. With several lanes the keys are cut
+/// into as many segments, and in phase s lane t works on segment (t + s) mod lanes alone: call once a phase
+/// and wait in between. Sums run in an order that depends on `lanes` only.
 template <typename T>
 struct AttentionBackward : AttentionProblem<T> {
   HeadView<const T> grad_output;
   HeadView<const T> output;  // for delta = g . o; null data: delta from the decoded row (biased policies)
-  HeadView<T> grad_query, grad_key, grad_value;  // null data where not needed; key, value zeroed, one a split
-  int64_t split_stride_key = 0, split_stride_value = 0;
-  int64_t splits = 1;
-  int64_t block_rows = 0;
+  HeadView<T> grad_query, grad_key, grad_value;  // null data where not needed; written, not read
+  int64_t lanes = 1, phase = 0;
 
-  REMNANT_ALWAYS_INLINE int64_t tasks() const { return this->batch * this->kv_heads * splits; }
+  REMNANT_ALWAYS_INLINE int64_t tasks() const { return this->batch * this->kv_heads * lanes; }
 };
 
-/// Bytes of scratch one task runner needs.
+/// Sets block_rows and tile_keys for the problem's sizes and policy.
 template <typename T>
-int64_t attention_scratch_bytes(const AttentionProblem<T>& problem, int64_t block_rows);
+void choose_tiles(AttentionProblem<T>& problem);
+/// Tasks of the forward; fills sequences' first_task where packed.
+template <typename T>
+int64_t forward_tasks(const AttentionProblem<T>& problem, Sequence* sequences);
+/// Bytes of scratch one task runner needs. Independent of the number of keys, but for policy curve, which
+/// sorts whole rows.
+template <typename T>
+int64_t attention_scratch_bytes(const AttentionProblem<T>& problem);
 
 int64_t rank_bits(int64_t keys);
 int64_t rank_bytes(int64_t keys);
@@ -136,12 +144,5 @@ struct CpuKernels {
 /// (`portable`, `avx2`, `avx512`); null when it names one that this machine or build lacks.
 const CpuKernels* find_cpu_kernels(const char* name);
 const CpuKernels& cpu_kernels();
-
-/// A plain product for where no library offers one.
-void gemm_plain(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
-                const float* a, int64_t lda, const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
-void gemm_plain(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
-                const double* a, int64_t lda, const double* b, int64_t ldb, double beta, double* c,
-                int64_t ldc);
 
 }  // namespace remnant::kernels

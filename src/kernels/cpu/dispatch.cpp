@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/variants.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstdlib>
 #include <cstring>
@@ -23,14 +24,56 @@ int64_t curve_scratch_bytes(int64_t keys) {
 template int64_t curve_scratch_bytes<float>(int64_t);
 template int64_t curve_scratch_bytes<double>(int64_t);
 
+namespace {
+
+int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+}  // namespace
+
+// Tiles small enough that scores, their gradient and the tile's operands stay in a core's second-level
+// cache, tall enough that a key read once serves many rows. The curve sorts whole rows, so its tiles
+// are as wide as the keys, and lower the more there are.
 template <typename T>
-int64_t attention_scratch_bytes(const AttentionProblem<T>& problem, int64_t block_rows) {
-  const int64_t blocks = 2 * block_rows * problem.keys * static_cast<int64_t>(sizeof(T));
-  const int64_t random = block_rows * (problem.keys + 16) * static_cast<int64_t>(sizeof(uint32_t));
-  return blocks + random + curve_scratch_bytes<T>(problem.keys) + 64;
+void choose_tiles(AttentionProblem<T>& problem) {
+  constexpr int64_t most_rows = 64, most_keys = 128, panel = 65536;
+  problem.block_rows = std::min(most_rows, round_up(std::max<int64_t>(problem.queries, 1), kTileUnit));
+  const int64_t keys = round_up(std::max<int64_t>(problem.keys, 1), kTileUnit);
+  problem.tile_keys = std::min(most_keys, keys);
+  if (problem.keep == Keep::curve) {
+    problem.tile_keys = keys;
+    const int64_t rows = panel / keys / kTileUnit * kTileUnit;
+    problem.block_rows = std::clamp(rows, kTileUnit, problem.block_rows);
+  }
 }
-template int64_t attention_scratch_bytes(const AttentionProblem<float>&, int64_t);
-template int64_t attention_scratch_bytes(const AttentionProblem<double>&, int64_t);
+template void choose_tiles(AttentionProblem<float>&);
+template void choose_tiles(AttentionProblem<double>&);
+
+template <typename T>
+int64_t forward_tasks(const AttentionProblem<T>& problem, Sequence* sequences) {
+  const auto blocks = [&](int64_t queries) {
+    return (queries + problem.block_rows - 1) / problem.block_rows;
+  };
+  if (sequences == nullptr) return problem.batch * problem.heads * blocks(problem.queries);
+  int64_t tasks = 0;
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    sequences[b].first_task = tasks;
+    tasks += problem.heads * blocks(sequences[b].queries);
+  }
+  return tasks;
+}
+template int64_t forward_tasks(const AttentionProblem<float>&, Sequence*);
+template int64_t forward_tasks(const AttentionProblem<double>&, Sequence*);
+
+template <typename T>
+int64_t attention_scratch_bytes(const AttentionProblem<T>& problem) {
+  const int64_t dims = round_up(problem.head_dim, kTileUnit) + 2 * round_up(problem.value_dim, kTileUnit);
+  const int64_t numbers = problem.block_rows * (2 * problem.tile_keys + dims + 8) + problem.tile_keys;
+  int64_t bytes = numbers * static_cast<int64_t>(sizeof(T)) + problem.block_rows * problem.tile_keys + 128;
+  if (problem.keep == Keep::curve) bytes += curve_scratch_bytes<T>(problem.keys) + 64;
+  return bytes;
+}
+template int64_t attention_scratch_bytes(const AttentionProblem<float>&);
+template int64_t attention_scratch_bytes(const AttentionProblem<double>&);
 
 namespace {
 
@@ -77,45 +120,6 @@ const CpuKernels& cpu_kernels() {
     return named != nullptr ? named : find_cpu_kernels(nullptr);
   }();
   return *kernels;
-}
-
-namespace {
-
-template <typename T>
-void plain(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a,
-           int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {
-  for (int64_t i = 0; i < m; ++i) {
-    T* row = c + i * ldc;
-    if (beta == 0) {
-      for (int64_t j = 0; j < n; ++j) row[j] = 0;
-    }
-    if (transpose_b) {
-      for (int64_t j = 0; j < n; ++j) {
-        T sum = 0;
-        for (int64_t l = 0; l < k; ++l)
-          sum += (transpose_a ? a[l * lda + i] : a[i * lda + l]) * b[j * ldb + l];
-        row[j] += alpha * sum;
-      }
-    } else {
-      for (int64_t l = 0; l < k; ++l) {
-        const T factor = alpha * (transpose_a ? a[l * lda + i] : a[i * lda + l]);
-        for (int64_t j = 0; j < n; ++j) row[j] += factor * b[l * ldb + j];
-      }
-    }
-  }
-}
-
-}  // namespace
-
-void gemm_plain(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
-                const float* a, int64_t lda, const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
-  plain(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
-
-void gemm_plain(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, double alpha,
-                const double* a, int64_t lda, const double* b, int64_t ldb, double beta, double* c,
-                int64_t ldc) {
-  plain(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 }  // namespace remnant::kernels
