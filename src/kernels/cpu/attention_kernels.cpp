@@ -243,13 +243,6 @@ bool has_few_rows(const AttentionForward<T>& problem, const Block& block) {
 }
 
 template <typename T>
-REMNANT_ALWAYS_INLINE T add_lanes(Vector<T> v) {
-  T sum = 0;
-  for (int l = 0; l < kWidth<T>; ++l) sum += v[l];
-  return sum;
-}
-
-template <typename T>
 T dot(const T* a, const T* b, int64_t count) {
   constexpr int width = kWidth<T>;
   Vector<T> sum[2] = {};
@@ -412,8 +405,9 @@ void rebuild_tile(const AttentionBackward<T>& problem, const Block& block, const
               static_cast<size_t>((end - count) * block.padded) * sizeof(T));
 }
 
+// `opens`: the lane's first block of queries, which writes dK and dV where later ones add.
 template <typename T>
-void backward_block(const AttentionBackward<T>& problem, const Block& block, int64_t segment,
+void backward_block(const AttentionBackward<T>& problem, const Block& block, int64_t segment, bool opens,
                     Scratch<T>& scratch) {
   const bool needs_dz = problem.grad_query.data != nullptr || problem.grad_key.data != nullptr;
   const bool drops = problem.drop_threshold > 0;
@@ -446,10 +440,17 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
       }
     }
   }
+  bool adds_query = problem.phase > 0;
   for (int64_t index = 0, begin = 0; begin < block.keys; ++index, begin += problem.tile_keys) {
     if (problem.lanes > 1 && lane_of(index, problem.lanes) != segment) continue;
     const Tile tile = make_tile(problem, block, begin, begin + problem.tile_keys, curve, scratch.allowed);
     const int64_t count = tile.end - tile.begin;
+    const int64_t whole = std::min(problem.tile_keys, block.keys - begin);
+    const bool writes = opens && count == whole;
+    if (opens && !writes) {
+      zero_rows(problem.grad_key, block.b, block.kv_head, block.key_row + begin, whole, problem.head_dim);
+      zero_rows(problem.grad_value, block.b, block.kv_head, block.key_row + begin, whole, problem.value_dim);
+    }
     if (count <= 0) continue;
     rebuild_tile(problem, block, tile, scratch);
     T* const products = needs_dz ? scratch.products : nullptr;
@@ -472,20 +473,26 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
     pass(scratch.scores, products, block.padded, count, scratch.lse, scratch.delta, drop);
     const int64_t key_row = block.key_row + tile.begin;
     if (problem.grad_value.data != nullptr) {
-      multiply<false, true>(count, problem.value_dim, block.rows, scratch.scores, block.padded, g,
-                            problem.grad_output.row, problem.grad_value.at(block.b, block.kv_head, key_row),
-                            problem.grad_value.row);
+      (writes ? multiply<false, false, T> : multiply<false, true, T>)(
+          count, problem.value_dim, block.rows, scratch.scores, block.padded, g, problem.grad_output.row,
+          problem.grad_value.at(block.b, block.kv_head, key_row), problem.grad_value.row);
     }
     if (problem.grad_key.data != nullptr) {
-      multiply<false, true>(count, problem.head_dim, block.rows, products, block.padded,
-                            problem.query.at(block.b, block.h, query_row), problem.query.row,
-                            problem.grad_key.at(block.b, block.kv_head, key_row), problem.grad_key.row);
+      (writes ? multiply<false, false, T> : multiply<false, true, T>)(
+          count, problem.head_dim, block.rows, products, block.padded,
+          problem.query.at(block.b, block.h, query_row), problem.query.row,
+          problem.grad_key.at(block.b, block.kv_head, key_row), problem.grad_key.row);
     }
     if (problem.grad_query.data != nullptr) {
-      multiply<true, true>(block.rows, problem.head_dim, count, products, block.padded,
-                           problem.key.at(block.b, block.kv_head, key_row), problem.key.row,
-                           problem.grad_query.at(block.b, block.h, query_row), problem.grad_query.row);
+      (adds_query ? multiply<true, true, T> : multiply<true, false, T>)(
+          block.rows, problem.head_dim, count, products, block.padded,
+          problem.key.at(block.b, block.kv_head, key_row), problem.key.row,
+          problem.grad_query.at(block.b, block.h, query_row), problem.grad_query.row);
+      adds_query = true;
     }
+  }
+  if (!adds_query) {
+    zero_rows(problem.grad_query, block.b, block.h, query_row, block.rows, problem.head_dim);
   }
 }
 
@@ -515,24 +522,22 @@ void attention_backward(const AttentionBackward<T>& problem, int64_t begin, int6
     const int64_t segment = (lane + problem.phase) % problem.lanes;
     Sequence sequence{0, problem.queries, 0, problem.keys, 0};
     if (problem.sequences != nullptr) sequence = problem.sequences[b];
-    if (problem.phase == 0) {
-      for (int64_t index = 0, at = 0; at < sequence.keys; ++index, at += problem.tile_keys) {
-        if (lane_of(index, problem.lanes) != segment) continue;
-        const int64_t count = std::min(problem.tile_keys, sequence.keys - at);
-        zero_rows(problem.grad_key, b, kv_head, sequence.first_key + at, count, problem.head_dim);
-        zero_rows(problem.grad_value, b, kv_head, sequence.first_key + at, count, problem.value_dim);
-      }
-    }
+    bool opens = problem.phase == 0;
     int64_t item = 0;
     for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
       for (int64_t first = 0; first < sequence.queries; first += problem.block_rows, ++item) {
         if (lane_of(item, problem.lanes) != lane) continue;
-        const Block block = make_block(problem, b, h, first);
-        if (problem.phase == 0) {
-          zero_rows(problem.grad_query, b, h, block.query_row + first, block.rows, problem.head_dim);
-        }
-        backward_block(problem, block, segment, scratch);
+        backward_block(problem, make_block(problem, b, h, first), segment, opens, scratch);
+        opens = false;
       }
+    }
+    if (!opens) continue;
+    // No queries in this lane: nothing has written its segment.
+    for (int64_t index = 0, at = 0; at < sequence.keys; ++index, at += problem.tile_keys) {
+      if (lane_of(index, problem.lanes) != segment) continue;
+      const int64_t count = std::min(problem.tile_keys, sequence.keys - at);
+      zero_rows(problem.grad_key, b, kv_head, sequence.first_key + at, count, problem.head_dim);
+      zero_rows(problem.grad_value, b, kv_head, sequence.first_key + at, count, problem.value_dim);
     }
   }
 }

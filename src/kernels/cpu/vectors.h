@@ -229,6 +229,21 @@ void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t cols, T
   }
 }
 
+template <int H, typename V, size_t... I>
+REMNANT_ALWAYS_INLINE V swap_blocks(V v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, (I ^ H)...);
+}
+
+template <typename T>
+REMNANT_ALWAYS_INLINE T add_lanes(Vector<T> v) {
+  using Lanes = std::make_index_sequence<static_cast<size_t>(kWidth<T>)>;
+  if constexpr (kWidth<T> > 8) v += swap_blocks<8>(v, Lanes{});
+  if constexpr (kWidth<T> > 4) v += swap_blocks<4>(v, Lanes{});
+  if constexpr (kWidth<T> > 2) v += swap_blocks<2>(v, Lanes{});
+  v += swap_blocks<1>(v, Lanes{});
+  return v[0];
+}
+
 // --- random numbers --------------------------------------------------------------------------------
 
 using Words = Vector<uint64_t>;  // a 32-bit word in the low half of each lane; high halves are ignored
