@@ -3,6 +3,7 @@
 // again, from q, k and lse or from the kept codes, turned in place into D P and dz for the products that
 // make the gradients. Scratch is a few tiles, whatever the number of keys.
 
+#include "kernels/cpu/curve_tiles.h"
 #include "kernels/cpu/products.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/tiles.h"
@@ -106,28 +107,98 @@ void lse_for_probabilities(const T* lse, const Block& block, T* out) {
   for (int64_t r = block.rows; r < block.padded; ++r) out[r] = infinity;
 }
 
+// Slots 0..m-1 of a row's table are h_1..h_m, slots m..2m-1 are l_m..l_1, then beta and the number of valid
+// keys. Rows with no more than 2m valid keys keep all of them, by rank. `sorted` are the row's logits.
+template <typename T>
+void keep_curve_table(const T* sorted, int64_t keys, int64_t valid, int64_t m, T lse, T* table) {
+  const int64_t slots = curve_width(keys, m) - 2;
+  const auto p = [&](int64_t rank) { return exponential(sorted[rank] - lse); };
+  T beta = 0;
+  if (valid <= 2 * m) {
+    for (int64_t r = 0; r < slots; ++r) table[r] = r < valid ? p(r) : T(0);
+  } else {
+    for (int64_t r = 0; r < m; ++r) {
+      table[r] = p(r);
+      table[m + r] = p(valid - m + r);
+    }
+    const T rest = T(1) - table[m - 1];
+    const T floor = T(1.0 / 16777216.0);
+    const auto count = static_cast<T>(valid - 2 * m + 2);
+    // ln(h_m / l_m) from the logits: l_m itself may have underflowed.
+    const T fall = sorted[m - 1] - sorted[valid - m];
+    beta = (fall + T(2) * (table[m - 1] - p(m))) / (count * (rest < floor ? floor : rest));
+    beta = beta > T(1e30) ? T(1e30) : beta;  // finite, so that beta * 0 is 0
+  }
+  table[slots] = beta;
+  table[slots + 1] = static_cast<T>(valid);
+}
+
 // The curve's rows: ranks and table from whole rows of logits. Needs lse; scores hold the logits.
 template <typename T>
 void keep_curve(const AttentionProblem<T>& problem, const Block& block, Scratch<T>& scratch) {
-  CurveScratch<T> curve(scratch.curve, block.keys);
-  const int64_t keys = block.keys;
-  T* const logits = scratch.products;  // [rows][tile_keys]
-  transpose<false>(scratch.scores, block.padded, keys, block.rows, T(1), logits, problem.tile_keys);
+  constexpr int width = kWidth<T>;
+  const int64_t keys = block.keys, stride = block.padded, bits = rank_bits(keys);
+  T* const z = scratch.scores;
+  auto* const ranks = reinterpret_cast<Lane<T>*>(scratch.products);
   for (int64_t r = 0; r < block.rows; ++r) {
-    T* const z = logits + r * problem.tile_keys;
-    const T lse = scratch.lse[r];
-    if (lse == kNothing<T>) {
-      for (int64_t j = 0; j < keys; ++j) scratch.row[j] = 0;
-    } else {
-      if (lse != lse) {
-        for (int64_t j = 0; j < keys; ++j) z[j] = lse;
-      }
-#pragma omp simd
-      for (int64_t j = 0; j < keys; ++j) scratch.row[j] = exponential(z[j] - lse);
-    }
+    if (scratch.lse[r] == scratch.lse[r]) continue;
+    for (int64_t j = 0; j < keys; ++j)
+      z[j * stride + r] = scratch.lse[r];  // a NaN anywhere is one everywhere
+  }
+  for (int64_t r = 0; r < block.rows; r += width) {
+    const int64_t height = block.rows - r < width ? block.rows - r : width;
     const int64_t row = block.residual_row + r;
-    curve_encode_row(z, scratch.row, keys, problem.m, problem.codes + row * problem.code_bytes,
-                     problem.table + row * problem.table_width, curve);
+    const auto keep_row = [&](int64_t l, int64_t valid) {
+      keep_curve_table(scratch.row, keys, valid, problem.m, scratch.lse[r + l],
+                       problem.table + (row + l) * problem.table_width);
+    };
+    const auto valid_keys = [&](int64_t l) {
+      int64_t valid = 0;
+      for (int64_t j = 0; j < keys; ++j) valid += z[j * stride + r + l] != kNothing<T> ? 1 : 0;
+      return valid;
+    };
+    if (keys <= kCountingTileKeys) {
+      rank_lanes<T>(z + r, stride, keys, ranks + r);
+      for (int64_t l = 0; l < height; ++l) {
+        for (int64_t j = 0; j < keys; ++j) {
+          scratch.row[ranks[j * stride + r + l]] = z[j * stride + r + l];
+        }
+        keep_row(l, valid_keys(l));
+      }
+    } else if constexpr (std::is_same_v<T, float>) {
+      constexpr int lanes = kWidth<uint64_t>;
+      auto* const words = static_cast<Words*>(scratch.curve);
+      for (int64_t part = 0; part < height; part += lanes) {
+        const int64_t rows = height - part < lanes ? height - part : lanes;
+        rank_by_network(z + r + part, stride, keys, rows, words, ranks + r + part);
+        for (int64_t l = 0; l < rows; ++l) {
+          // Masked keys are last, and a word says which they are.
+          int64_t valid = keys;
+          while (valid > 0 && logit_of_word(words[valid - 1][l]) == kNothing<T>) --valid;
+          const int64_t few = problem.m + 1;
+          const auto take = [&](int64_t from, int64_t to) {
+            for (int64_t k = from; k < to; ++k) scratch.row[k] = logit_of_word(words[k][l]);
+          };
+          take(0, std::min(few, keys));
+          take(std::max<int64_t>(0, valid - few), valid);
+          if (valid <= 2 * problem.m) take(0, valid);
+          keep_row(part + l, valid);
+        }
+      }
+    } else {
+      CurveScratch<T> sort(scratch.curve, keys);
+      for (int64_t l = 0; l < height; ++l) {
+        for (int64_t j = 0; j < keys; ++j) sort.by_rank[j] = z[j * stride + r + l];
+        rank_by_radix(sort.by_rank, keys, sort.ranks, sort.key, sort.key2, sort.order, sort.order2);
+        for (int64_t j = 0; j < keys; ++j) {
+          ranks[j * stride + r + l] = sort.ranks[j];
+          scratch.row[sort.ranks[j]] = sort.by_rank[j];
+        }
+        keep_row(l, valid_keys(l));
+      }
+    }
+    pack_lanes<T>(ranks + r, stride, keys, bits, height, problem.codes + row * problem.code_bytes,
+                  problem.code_bytes);
   }
 }
 
@@ -379,18 +450,11 @@ void rebuild_tile(const AttentionBackward<T>& problem, const Block& block, const
       dequantize_tile(problem.codes + block.residual_row * problem.code_bytes, problem.code_bytes, block,
                       tile, problem.bits, scratch.step, scratch.scores);
       break;
-    case Keep::curve: {
-      CurveScratch<T> curve(scratch.curve, block.keys);
-      for (int64_t r = 0; r < block.rows; ++r) {
-        const int64_t row = block.residual_row + r;
-        curve_decode_row(problem.codes + row * problem.code_bytes, problem.table + row * problem.table_width,
-                         block.keys, problem.m, problem.paper_text, scratch.products + r * problem.tile_keys,
-                         curve);
-      }
-      transpose<true>(scratch.products, problem.tile_keys, block.rows, count, T(1), scratch.scores,
-                      block.padded);
+    case Keep::curve:
+      decode_curve_tile(problem.codes + block.residual_row * problem.code_bytes, problem.code_bytes,
+                        problem.table + block.residual_row * problem.table_width, problem.table_width, block,
+                        problem.m, problem.paper_text, scratch.scores);
       break;
-    }
     default:
       score_tile(problem, block, tile, scratch);
       return;
@@ -473,21 +537,26 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
     pass(scratch.scores, products, block.padded, count, scratch.lse, scratch.delta, drop);
     const int64_t key_row = block.key_row + tile.begin;
     if (problem.grad_value.data != nullptr) {
-      (writes ? multiply<false, false, T> : multiply<false, true, T>)(
-          count, problem.value_dim, block.rows, scratch.scores, block.padded, g, problem.grad_output.row,
-          problem.grad_value.at(block.b, block.kv_head, key_row), problem.grad_value.row);
+      (writes ? multiply<false, false, T>
+              : multiply<false, true, T>)(count, problem.value_dim, block.rows, scratch.scores, block.padded,
+                                          g, problem.grad_output.row,
+                                          problem.grad_value.at(block.b, block.kv_head, key_row),
+                                          problem.grad_value.row);
     }
     if (problem.grad_key.data != nullptr) {
-      (writes ? multiply<false, false, T> : multiply<false, true, T>)(
-          count, problem.head_dim, block.rows, products, block.padded,
-          problem.query.at(block.b, block.h, query_row), problem.query.row,
-          problem.grad_key.at(block.b, block.kv_head, key_row), problem.grad_key.row);
+      (writes ? multiply<false, false, T>
+              : multiply<false, true, T>)(count, problem.head_dim, block.rows, products, block.padded,
+                                          problem.query.at(block.b, block.h, query_row), problem.query.row,
+                                          problem.grad_key.at(block.b, block.kv_head, key_row),
+                                          problem.grad_key.row);
     }
     if (problem.grad_query.data != nullptr) {
-      (adds_query ? multiply<true, true, T> : multiply<true, false, T>)(
-          block.rows, problem.head_dim, count, products, block.padded,
-          problem.key.at(block.b, block.kv_head, key_row), problem.key.row,
-          problem.grad_query.at(block.b, block.h, query_row), problem.grad_query.row);
+      (adds_query ? multiply<true, true, T>
+                  : multiply<true, false, T>)(block.rows, problem.head_dim, count, products, block.padded,
+                                              problem.key.at(block.b, block.kv_head, key_row),
+                                              problem.key.row,
+                                              problem.grad_query.at(block.b, block.h, query_row),
+                                              problem.grad_query.row);
       adds_query = true;
     }
   }

@@ -69,7 +69,9 @@ int64_t attention_scratch_bytes(const AttentionProblem<T>& problem) {
   const int64_t dims = round_up(problem.head_dim, kTileUnit) + 2 * round_up(problem.value_dim, kTileUnit);
   const int64_t numbers = problem.block_rows * (2 * problem.tile_keys + dims + 8) + problem.tile_keys;
   int64_t bytes = numbers * static_cast<int64_t>(sizeof(T)) + problem.block_rows * problem.tile_keys + 128;
-  if (problem.keep == Keep::curve) bytes += curve_scratch_bytes<T>(problem.keys) + 64;
+  // A sorted row, or a row of 64-bit words in each lane of a vector.
+  if (problem.keep == Keep::curve)
+    bytes += std::max(curve_scratch_bytes<T>(problem.keys), 64 * problem.keys) + 64;
   return bytes;
 }
 template int64_t attention_scratch_bytes(const AttentionProblem<float>&);
