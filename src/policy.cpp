@@ -11,7 +11,8 @@ namespace remnant {
 
 namespace {
 
-constexpr const char* kForms = "exact, recompute, curve:m=4, curve:m=4,paper_text, quantized:bits=4";
+constexpr const char* kForms =
+    "exact, recompute, curve:m=4, curve:m=4,paper_text, quantized:bits=4, sampled:m=128";
 
 int64_t edit_distance(std::string_view a, std::string_view b) {
   std::vector<int64_t> row(b.size() + 1);
@@ -46,6 +47,14 @@ int64_t parse_integer(std::string_view text, std::string_view policy, std::strin
   return value;
 }
 
+Policy with_m(PolicyKind kind, const char* name, int64_t m) {
+  TORCH_CHECK(m >= 1, "policy ", name, ": m must be at least 1, got ", m);
+  Policy policy;
+  policy.kind = kind;
+  policy.m = m;
+  return policy;
+}
+
 }  // namespace
 
 Policy Policy::exact() {
@@ -57,10 +66,7 @@ Policy Policy::exact() {
 Policy Policy::recompute() { return {}; }
 
 Policy Policy::curve(int64_t m, bool paper_text) {
-  TORCH_CHECK(m >= 1, "policy curve: m must be at least 1, got ", m);
-  Policy policy;
-  policy.kind = PolicyKind::curve;
-  policy.m = m;
+  Policy policy = with_m(PolicyKind::curve, "curve", m);
   policy.paper_text = paper_text;
   return policy;
 }
@@ -73,13 +79,15 @@ Policy Policy::quantized(int64_t bits) {
   return policy;
 }
 
+Policy Policy::sampled(int64_t m) { return with_m(PolicyKind::sampled, "sampled", m); }
+
 Policy Policy::parse(std::string_view text) {
   const auto colon = text.find(':');
   const std::string name(text.substr(0, colon));
-  const std::vector<std::string> names{"exact", "recompute", "curve", "quantized"};
+  const std::vector<std::string> names{"exact", "recompute", "curve", "quantized", "sampled"};
   TORCH_CHECK(std::find(names.begin(), names.end(), name) != names.end(), "unknown attention policy '", text,
               "'", suggestion(name, names), "; policies are written ", kForms);
-  int64_t m = Policy{}.m;
+  int64_t m = name == "sampled" ? sampled().m : Policy{}.m;
   int64_t bits = Policy{}.bits;
   bool paper_text = false;
   std::vector<std::string> allowed;
@@ -87,6 +95,8 @@ Policy Policy::parse(std::string_view text) {
     allowed = {"m", "paper_text"};
   } else if (name == "quantized") {
     allowed = {"bits"};
+  } else if (name == "sampled") {
+    allowed = {"m"};
   }
   std::string_view rest = colon == std::string_view::npos ? std::string_view{} : text.substr(colon + 1);
   TORCH_CHECK(colon == std::string_view::npos || !rest.empty(), "policy '", text, "': nothing after ':'");
@@ -113,6 +123,7 @@ Policy Policy::parse(std::string_view text) {
   if (name == "exact") return exact();
   if (name == "recompute") return recompute();
   if (name == "curve") return curve(m, paper_text);
+  if (name == "sampled") return sampled(m);
   return quantized(bits);
 }
 
@@ -126,6 +137,8 @@ std::string Policy::str() const {
       return "curve:m=" + std::to_string(m) + (paper_text ? ",paper_text" : "");
     case PolicyKind::quantized:
       return "quantized:bits=" + std::to_string(bits);
+    case PolicyKind::sampled:
+      return "sampled:m=" + std::to_string(m);
   }
   return "";
 }

@@ -15,13 +15,15 @@ enum class PolicyKind {
   recompute,  ///< keeps one log-sum-exp a row and rebuilds P from q and k. Gradient exact.
   curve,      ///< the paper's curve: m highest, m lowest, a decay and every rank. Gradient biased.
   quantized,  ///< P in 2, 4 or 8 bits by stochastic rounding. Gradient unbiased.
+  sampled,    ///< m keys for every 32 rows, drawn by their share of P and re-weighted. Gradient unbiased.
 };
 
 /// A policy and its parameters; written `exact`, `recompute`, `curve:m=4`, `curve:m=4,paper_text`,
-/// `quantized:bits=4` (programs' `--attention`, Python's `policy=`).
+/// `quantized:bits=4`, `sampled:m=128` (programs' `--attention`, Python's `policy=`).
 struct REMNANT_API Policy {
   PolicyKind kind = PolicyKind::recompute;
-  /// `curve` only: how many of the highest and of the lowest elements of a row are kept. >= 1.
+  /// `curve`: how many of the highest and of the lowest elements of a row are kept. `sampled`: how many
+  /// keys are drawn for 32 consecutive rows. >= 1.
   int64_t m = 5;
   /// `curve` only: follow the paper's text, without rescaling the middle so that a row sums to 1,
   /// and with the curve's own end point instead of the kept lowest value l_m.
@@ -35,6 +37,8 @@ struct REMNANT_API Policy {
   static Policy curve(int64_t m, bool paper_text = false);
   /// Throws c10::Error unless bits is 2, 4 or 8.
   static Policy quantized(int64_t bits);
+  /// Throws c10::Error unless m >= 1.
+  static Policy sampled(int64_t m = 128);
 
   /// Reads the written form. Throws c10::Error with one sentence that names the nearest policy or
   /// parameter when `text` does not parse.

@@ -42,8 +42,10 @@ def attention(
                 the gradient is approximate and biased. "curve:m=4,paper_text" follows the paper's text,
                 which does not rescale a row to sum 1.
             "quantized:bits=4": 2, 4 or 8 bits an element, rounded stochastically; the gradient is unbiased.
+            "sampled:m=128": m keys for every 32 rows, drawn by their share of the softmax and re-weighted;
+                the gradient is unbiased, and the backward works on the drawn keys alone.
         window: (left, right): query i attends keys i - left <= j <= i + right; -1: no bound on that side.
-        generator: source of the dropout and rounding seeds; the device's default generator when None.
+        generator: source of the seeds of dropout, rounding and key draws; the device's default generator when None.
         need_weights: also return the weights before dropout, detached.
 
     Returns:
@@ -61,12 +63,15 @@ def attention(
     return op(query, key, value, mask, causal, dropout, scale, policy, window, generator)
 
 
-def attention_residual_bytes(policy: str, rows: int, keys: int, element_bytes: int, dropout: bool = False) -> int:
+def attention_residual_bytes(
+    policy: str, heads: int, queries: int, keys: int, element_bytes: int, dropout: bool = False
+) -> int:
     """Bytes that attention keeps for backward beyond query, key, value, output and mask.
 
     Args:
         policy: as in attention.
-        rows: B * H * Nq.
+        heads: B * H.
+        queries: Nq.
         keys: Nk.
         element_bytes: size of one element of the inputs' dtype.
         dropout: whether dropout is on.
@@ -74,7 +79,7 @@ def attention_residual_bytes(policy: str, rows: int, keys: int, element_bytes: i
     Raises:
         RuntimeError: a policy that does not parse, or a negative size.
     """
-    return _ops.attention_residual_bytes(policy, rows, keys, element_bytes, dropout)
+    return _ops.attention_residual_bytes(policy, heads, queries, keys, element_bytes, dropout)
 
 
 def dropout(input: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:

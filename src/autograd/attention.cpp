@@ -112,7 +112,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     }();
     const PolicyKind kind = Policy::parse(policy).kind;
     const bool scores = needs[0] || needs[1] || needs[3];
-    const bool rebuilds = kind == PolicyKind::recompute;
+    const bool rebuilds = kind == PolicyKind::recompute || kind == PolicyKind::sampled;
     const bool exact = kind == PolicyKind::exact;
     // Biased P takes delta from itself, so that rows of dz sum to 0; exact without dropout sums over P as
     // torch does.

@@ -34,6 +34,12 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
 constexpr int kPhiloxRounds = 10;
 
+/// Policy sampled: consecutive query rows that share their drawn keys.
+constexpr int64_t kSampleRows = 32;
+// The draw of tile t hangs on one number in (0, 1), ((x << 20 | y >> 12) + 0.5) / 2^52 in double, of the
+// first two words x, y of the rounding stream at (block 0, row t): `sampled` has no rounding that could meet
+// it.
+
 /// Dropout decides with 16 random bits: the realised rate is threshold / 65536.
 constexpr int64_t dropout_threshold(double rate) {
   if (rate <= 0) return 0;

@@ -185,18 +185,16 @@ void describe(const Tensor& output, const Tensor& query, const Tensor& key, cons
     return sum;
   };
   for (const Tensor& x : {query, key, value}) add(x);
-  const int64_t rows = output.size(0) * output.size(1) * output.size(2);
+  const int64_t heads = output.size(0) * output.size(1), queries = output.size(2), keys = key.size(2);
   const auto element = static_cast<int64_t>(output.element_size());
   const bool dropout = options.dropout > 0;
   const PolicyKind kind = options.policy.kind;
-  const int64_t eager = total() + rows * key.size(2) * element * (dropout ? 3 : 1);
-  if (options.mask.has_value() && (kind == PolicyKind::exact || kind == PolicyKind::recompute))
-    add(*options.mask);
-  if (kind == PolicyKind::recompute || kind == PolicyKind::quantized ||
-      (kind == PolicyKind::exact && dropout))
-    add(output);
+  const int64_t eager = total() + heads * queries * keys * element * (dropout ? 3 : 1);
+  const bool rebuilds = kind == PolicyKind::recompute || kind == PolicyKind::sampled;
+  if (options.mask.has_value() && (kind == PolicyKind::exact || rebuilds)) add(*options.mask);
+  if (rebuilds || kind == PolicyKind::quantized || (kind == PolicyKind::exact && dropout)) add(output);
   memory::describe(output, options.policy.str(),
-                   total() + attention_residual_bytes(options.policy, rows, key.size(2), element, dropout),
+                   total() + attention_residual_bytes(options.policy, heads, queries, keys, element, dropout),
                    eager);
 }
 

@@ -132,6 +132,14 @@ AttentionResiduals empty_residuals(const at::Tensor& query, const at::Tensor& ke
           at::empty_symint({batch, heads, rows, (keys * call.policy.bits + 7) / 8}, options.dtype(at::kByte));
       residuals.table = at::empty_symint({batch, heads, rows, 1}, wide);
       break;
+    case PolicyKind::sampled: {
+      const auto tiles = (rows + (kernels::kSampleRows - 1)) / kernels::kSampleRows;
+      const auto slots = keys.min(call.policy.m);
+      residuals.lse = at::empty_symint({batch, heads, rows}, wide);
+      residuals.codes = at::empty_symint({batch, heads, tiles, slots}, options.dtype(at::kInt));
+      residuals.table = at::empty_symint({batch, heads, tiles, slots}, wide);
+      break;
+    }
   }
   if (call.dropout > 0) residuals.seed = at::empty({2}, options.dtype(at::kLong));
   return residuals;
@@ -155,6 +163,9 @@ bool exact_is_fused(const AttentionCall& call, at::ScalarType type) {
   return call.dropout > 0 && (type == at::kFloat || type == at::kDouble);
 }
 
+// Policies that the CPU's fused kernels know; the others run the composite path there too.
+bool fused_policy(const AttentionCall& call) { return call.policy.kind != PolicyKind::sampled; }
+
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const std::optional<at::Tensor>& mask, bool causal, double dropout, double scale,
                       c10::string_view policy, at::IntArrayRef window, bool keep,
@@ -163,14 +174,16 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   check_attention(query, key, value, mask, dropout, window);
   const AttentionCall call = make_call(mask, causal, dropout, scale, std::string(policy), window);
   AttentionResiduals residuals = empty_residuals(query, key, call, keep);
-  const bool rounds = keep && call.policy.kind == PolicyKind::quantized;
+  const bool draws =
+      keep && (call.policy.kind == PolicyKind::quantized || call.policy.kind == PolicyKind::sampled);
   at::Tensor seed;
-  if (dropout > 0 || rounds) seed = draw_seed(query, generator);
+  if (dropout > 0 || draws) seed = draw_seed(query, generator);
   at::Tensor output;
   if (call.policy.kind == PolicyKind::exact && !(fused && exact_is_fused(call, query.scalar_type()))) {
     output = exact_forward(query, key, value, call, seed, residuals);
   } else {
-    output = (fused ? cpu_forward : composite_forward)(query, key, value, call, seed, residuals);
+    output = (fused && fused_policy(call) ? cpu_forward : composite_forward)(query, key, value, call, seed,
+                                                                             residuals);
   }
   if (keep && dropout > 0) residuals.seed = seed;
   return {output, residuals.lse, residuals.probabilities, residuals.codes, residuals.table, residuals.seed};
@@ -248,7 +261,7 @@ BackwardResult backward(const at::Tensor& grad_output, const std::optional<at::T
     grads = exact_backward(inputs, call);
   } else {
     // The mask's gradient sums dz over broadcast axes, which the composite path does.
-    grads = (fused && !needs[3] ? cpu_backward : composite_backward)(inputs, call);
+    grads = (fused && fused_policy(call) && !needs[3] ? cpu_backward : composite_backward)(inputs, call);
   }
   if (needs[3]) std::get<3>(grads) = std::get<3>(grads).view(mask->sizes()).to(mask->scalar_type());
   return grads;
@@ -369,10 +382,10 @@ at::Tensor weights_meta(const at::Tensor& query, const at::Tensor& key, const st
                           query.options());
 }
 
-int64_t residual_bytes_op(c10::string_view policy, int64_t rows, int64_t keys, int64_t element_bytes,
-                          bool dropout) {
-  return attention_residual_bytes(Policy::parse({policy.data(), policy.size()}), rows, keys, element_bytes,
-                                  dropout);
+int64_t residual_bytes_op(c10::string_view policy, int64_t heads, int64_t queries, int64_t keys,
+                          int64_t element_bytes, bool dropout) {
+  return attention_residual_bytes(Policy::parse({policy.data(), policy.size()}), heads, queries, keys,
+                                  element_bytes, dropout);
 }
 
 }  // namespace
@@ -413,10 +426,12 @@ std::tuple<at::Tensor, at::Tensor> attention_with_weights(const at::Tensor& quer
                                         options.scale, options.policy.str(), window, options.generator);
 }
 
-int64_t attention_residual_bytes(const Policy& policy, int64_t rows, int64_t keys, int64_t element_bytes,
-                                 bool dropout) {
-  TORCH_CHECK(rows >= 0 && keys >= 0, "attention_residual_bytes: rows and keys must not be negative, got ",
-              rows, " and ", keys);
+int64_t attention_residual_bytes(const Policy& policy, int64_t heads, int64_t queries, int64_t keys,
+                                 int64_t element_bytes, bool dropout) {
+  TORCH_CHECK(heads >= 0 && queries >= 0 && keys >= 0,
+              "attention_residual_bytes: heads, queries and keys must not be negative, got ", heads, ", ",
+              queries, " and ", keys);
+  const int64_t rows = heads * queries;
   const int64_t wide = std::max<int64_t>(element_bytes, 4);
   const int64_t seed = dropout ? 16 : 0;
   switch (policy.kind) {
@@ -428,6 +443,10 @@ int64_t attention_residual_bytes(const Policy& policy, int64_t rows, int64_t key
       return rows * (kernels::rank_bytes(keys) + kernels::curve_width(keys, policy.m) * wide) + seed;
     case PolicyKind::quantized:
       return rows * ((keys * policy.bits + 7) / 8 + wide) + seed;
+    case PolicyKind::sampled: {
+      const int64_t tiles = (queries + kernels::kSampleRows - 1) / kernels::kSampleRows;
+      return rows * wide + heads * tiles * std::min(policy.m, keys) * (4 + wide) + seed;
+    }
   }
   return 0;
 }

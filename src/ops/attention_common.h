@@ -17,10 +17,13 @@ namespace remnant::ops {
 
 /// What the forward hands to the backward. Tensors that the policy does not use have shape [0].
 struct AttentionResiduals {
-  at::Tensor lse;            ///< recompute: [B, H, Nq], accumulation dtype
+  at::Tensor lse;            ///< recompute, sampled: [B, H, Nq], accumulation dtype
   at::Tensor probabilities;  ///< exact: [B, H, Nq, Nk], input dtype, before dropout
   at::Tensor codes;          ///< curve: packed ranks; quantized: packed codes. uint8 [B, H, Nq, bytes]
+                             ///< sampled: the drawn keys of a tile of kernels::kSampleRows rows, ascending,
+                             ///< then -1. int32 [B, H, tiles, min(m, Nk)]
   at::Tensor table;          ///< curve: [B, H, Nq, min(2m, Nk) + 2]; quantized: row maxima [B, H, Nq, 1]
+                             ///< sampled: like codes, 1 / probability of the draw, 0 beside -1
   at::Tensor seed;           ///< int64 [2], when dropout needs it again
 };
 
@@ -68,6 +71,8 @@ at::Tensor composite_forward(const at::Tensor& query, const at::Tensor& key, con
                              const AttentionCall& call, const at::Tensor& seed,
                              AttentionResiduals& residuals);
 BackwardResult composite_backward(const BackwardInputs& inputs, const AttentionCall& call);
+/// The same over drawn keys alone: O(Nq m) in time and, in blocks, memory.
+BackwardResult sampled_backward(const BackwardInputs& inputs, const AttentionCall& call);
 /// Policy exact keeps its n x n softmax output, so its forward and backward are plain ATen on every device.
 at::Tensor exact_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                          const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals);
@@ -87,6 +92,9 @@ void apply_dropout_(at::Tensor block, const at::Tensor& seed, double dropout, in
 /// The mask itself: 0 or 1 / (1 - realised rate), [B, H, rows, keys].
 at::Tensor dropout_mask(const at::Tensor& seed, double dropout, int64_t batch, int64_t heads, int64_t first,
                         int64_t rows, int64_t keys, const at::TensorOptions& options);
+/// The mask at single elements: head (batch * heads + head), row and column are int64 and broadcast.
+at::Tensor dropout_mask_at(const at::Tensor& seed, double dropout, const at::Tensor& head,
+                           const at::Tensor& row, const at::Tensor& column, const at::TensorOptions& options);
 /// 32-bit words (as int64) of a stream for [heads, rows, columns] elements; `columns_per_block` 4.
 at::Tensor random_words(const at::Tensor& seed, uint32_t stream, int64_t heads, int64_t first, int64_t rows,
                         int64_t blocks);
@@ -97,5 +105,14 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& highest, int64_
 std::tuple<at::Tensor, at::Tensor> curve_encode(const at::Tensor& z, const at::Tensor& p, int64_t m);
 at::Tensor curve_decode(const at::Tensor& codes, const at::Tensor& table, int64_t keys, int64_t m,
                         bool paper_text);
+
+/// Draws keys for the tiles of rows of p [B, H, rows, Nk], the first of which is `first_tile`; `codes` and
+/// `table` as in AttentionResiduals. A key's probability is min(1, c w), w its sum of p over the tile, c such
+/// that they add up to min(m, keys with w > 0); the draw is systematic.
+std::tuple<at::Tensor, at::Tensor> draw_keys(const at::Tensor& p, int64_t m, const at::Tensor& seed,
+                                             int64_t first_tile);
+/// lse for policies that look at a few keys of a row only: NaN where any key would give NaN, so that each
+/// does.
+at::Tensor lse_of_few(const at::Tensor& lse);
 
 }  // namespace remnant::ops

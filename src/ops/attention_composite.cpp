@@ -1,8 +1,9 @@
 // Attention in ATen operations, for any device. A block of query rows is all that is alive at a time,
 // except under policy exact, which keeps its n x n softmax output by definition.
 
+#include "ops/attention_composite.h"
+
 #include "kernels/philox.h"
-#include "ops/attention_common.h"
 
 #include <ATen/ops/_softmax.h>
 #include <ATen/ops/_softmax_backward_data.h>
@@ -11,19 +12,15 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
-#include <limits>
 #include <vector>
 
 namespace remnant::ops {
 
 namespace {
-
-constexpr double kNothing = -std::numeric_limits<double>::infinity();
 
 // Rows of a block: its scores take about 16 MB, and never the whole of a long sequence.
 int64_t rows_of_block(int64_t heads, int64_t queries, int64_t keys) {
@@ -31,25 +28,15 @@ int64_t rows_of_block(int64_t heads, int64_t queries, int64_t keys) {
   return std::min(std::max<int64_t>(queries, 1), std::clamp<int64_t>(rows, 16, 128));
 }
 
-// Keys and values of grouped heads, repeated to the queries' heads (a view where nothing repeats).
-at::Tensor repeat_heads(const at::Tensor& x, int64_t heads) {
-  if (x.size(1) == heads) return x;
-  return x.unsqueeze(2)
-      .expand({x.size(0), x.size(1), heads / x.size(1), x.size(2), x.size(3)})
-      .reshape({x.size(0), heads, x.size(2), x.size(3)});
+// The same in whole tiles of rows that share their drawn keys.
+int64_t rows_of_tiles(int64_t heads, int64_t queries, int64_t keys) {
+  constexpr int64_t tile = kernels::kSampleRows;
+  return (rows_of_block(heads, queries, keys) + tile - 1) / tile * tile;
 }
 
 at::Tensor sum_heads(const at::Tensor& grad, int64_t kv_heads) {
   if (grad.size(1) == kv_heads) return grad;
   return grad.unflatten(1, {kv_heads, grad.size(1) / kv_heads}).sum(2);
-}
-
-at::Tensor mask_rows(const at::Tensor& mask, int64_t first, int64_t rows) {
-  return mask.size(2) == 1 ? mask : mask.narrow(2, first, rows);
-}
-
-bool may_empty_rows(const AttentionCall& call) {
-  return call.mask.has_value() || call.left >= 0 || call.right >= 0;
 }
 
 // True where the window forbids a key, [rows, keys]; undefined without a window.
@@ -67,9 +54,6 @@ at::Tensor outside_window(const AttentionCall& call, int64_t first, int64_t rows
   }
   return outside;
 }
-
-// A number as a tensor: with half types, a plain Scalar would be rounded to the half type first.
-at::Tensor precise(double x) { return at::scalar_tensor(x, at::kDouble); }
 
 // In place score -> scale * score + mask.
 void mask_scores_(at::Tensor scores, const AttentionCall& call, int64_t first) {
@@ -91,26 +75,6 @@ at::Tensor masked_scores(const at::Tensor& query, const at::Tensor& key, const A
   at::Tensor scores = at::matmul(query.narrow(2, first, rows), key.transpose(-2, -1));
   mask_scores_(scores, call, first);
   return scores;
-}
-
-// exp(z - lse), 0 in rows that attend nothing. Without a mask no row is such: scores of -Inf throughout
-// come from Inf in the inputs, and the NaN they give must reach the output.
-at::Tensor probabilities_from(const at::Tensor& scores, const at::Tensor& lse, const AttentionCall& call) {
-  const at::Tensor column = lse.unsqueeze(-1);
-  if (!may_empty_rows(call)) return scores.sub(column).exp_();
-  return scores.sub(column.masked_fill(column.eq(kNothing), 0)).exp_();
-}
-
-at::Tensor widen(const at::Tensor& x, at::ScalarType type) { return x.defined() ? x.to(type) : x; }
-
-AttentionCall widen_mask(AttentionCall call, at::ScalarType type) {
-  if (call.mask.has_value() && call.mask->scalar_type() != at::kBool) call.mask = call.mask->to(type);
-  return call;
-}
-
-// The declared layout of gradients, heads beside each other in a row.
-at::Tensor merged(const at::Tensor& x, at::ScalarType type) {
-  return x.defined() ? x.to(type).transpose(1, 2).contiguous().transpose(1, 2) : x;
 }
 
 // dz summed over the axes along which the mask was broadcast.
@@ -145,7 +109,8 @@ at::Tensor composite_forward(const at::Tensor& query, const at::Tensor& key, con
     residuals.table.zero_();
     return output.zero_();
   }
-  const int64_t block = rows_of_block(query.size(0) * heads, queries, keys);
+  const bool tiles = call.policy.kind == PolicyKind::sampled;
+  const int64_t block = (tiles ? rows_of_tiles : rows_of_block)(query.size(0) * heads, queries, keys);
   for (int64_t first = 0; first < queries; first += block) {
     const int64_t rows = std::min(block, queries - first);
     const at::Tensor scores = masked_scores(q, k, wide_call, first, rows);
@@ -179,6 +144,15 @@ at::Tensor composite_forward(const at::Tensor& query, const at::Tensor& key, con
           keep_rows(residuals.table, highest);
         }
         break;
+      case PolicyKind::sampled:
+        if (residuals.codes.dim() > 1) {
+          keep_rows(residuals.lse, lse_of_few(lse));
+          const int64_t tile = first / kernels::kSampleRows;
+          const auto [codes, table] = draw_keys(p, call.policy.m, seed, tile);
+          residuals.codes.narrow(2, tile, codes.size(2)).copy_(codes);
+          residuals.table.narrow(2, tile, table.size(2)).copy_(table);
+        }
+        break;
     }
     if (call.dropout > 0) apply_dropout_(p, seed, call.dropout, first);
     output.narrow(2, first, rows).copy_(at::matmul(p, v));
@@ -187,6 +161,7 @@ at::Tensor composite_forward(const at::Tensor& query, const at::Tensor& key, con
 }
 
 BackwardResult composite_backward(const BackwardInputs& inputs, const AttentionCall& call) {
+  if (call.policy.kind == PolicyKind::sampled) return sampled_backward(inputs, call);
   const auto type = accumulation_type(inputs.grad_output.scalar_type());
   const auto out_type = inputs.grad_output.scalar_type();
   const AttentionCall wide_call = widen_mask(call, type);

@@ -8,6 +8,7 @@
 #include <ATen/ops/bitwise_and.h>
 #include <ATen/ops/bitwise_or.h>
 #include <ATen/ops/bitwise_xor.h>
+#include <ATen/ops/broadcast_tensors.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
@@ -53,20 +54,16 @@ void apply_dropout_cpu(at::Tensor& block, const kernels::Seed& seed, int64_t thr
   });
 }
 
-}  // namespace
-
-at::Tensor random_words(const at::Tensor& seed, uint32_t stream, int64_t heads, int64_t first, int64_t rows,
-                        int64_t blocks) {
-  const auto options = at::TensorOptions(seed.device()).dtype(at::kLong);
+// Four words for each counter (block, row, head), stacked last; the counters broadcast.
+at::Tensor philox(const at::Tensor& seed, uint32_t stream, const at::Tensor& block, const at::Tensor& row,
+                  const at::Tensor& head) {
   const at::Tensor key = seed.select(0, 0);
   at::Tensor key0 = key.bitwise_and(kWord);
   at::Tensor key1 = high_word(key);
   const at::Tensor last = seed.select(0, 1).bitwise_left_shift(1).bitwise_and(kWord).bitwise_or(
       at::Scalar(static_cast<int64_t>(stream)));
-  at::Tensor c0 = at::arange(blocks, options).view({1, 1, blocks}).expand({heads, rows, blocks});
-  at::Tensor c1 = at::arange(first, first + rows, options).view({1, rows, 1}).expand({heads, rows, blocks});
-  at::Tensor c2 = at::arange(heads, options).view({heads, 1, 1}).expand({heads, rows, blocks});
-  at::Tensor c3 = last.expand({heads, rows, blocks});
+  const auto counters = at::broadcast_tensors({block, row, head, last});
+  at::Tensor c0 = counters[0], c1 = counters[1], c2 = counters[2], c3 = counters[3];
   for (int round = 0; round < kernels::kPhiloxRounds; ++round) {
     // A product of two 32-bit words wraps to the right 64 bits in int64.
     const at::Tensor product0 = c0.mul(static_cast<int64_t>(kernels::kPhiloxM0));
@@ -78,7 +75,39 @@ at::Tensor random_words(const at::Tensor& seed, uint32_t stream, int64_t heads, 
     key0 = key0.add(static_cast<int64_t>(kernels::kPhiloxW0)).bitwise_and_(kWord);
     key1 = key1.add(static_cast<int64_t>(kernels::kPhiloxW1)).bitwise_and_(kWord);
   }
-  return at::stack({c0, c1, c2, c3}, -1).flatten(-2);
+  return at::stack({c0, c1, c2, c3}, -1);
+}
+
+}  // namespace
+
+at::Tensor random_words(const at::Tensor& seed, uint32_t stream, int64_t heads, int64_t first, int64_t rows,
+                        int64_t blocks) {
+  const auto options = at::TensorOptions(seed.device()).dtype(at::kLong);
+  return philox(seed, stream, at::arange(blocks, options).view({1, 1, blocks}),
+                at::arange(first, first + rows, options).view({1, rows, 1}),
+                at::arange(heads, options).view({heads, 1, 1}))
+      .flatten(-2);
+}
+
+at::Tensor dropout_mask_at(const at::Tensor& seed, double dropout, const at::Tensor& head,
+                           const at::Tensor& row, const at::Tensor& column,
+                           const at::TensorOptions& options) {
+  const int64_t threshold = kernels::dropout_threshold(dropout);
+  const at::Tensor words = philox(seed, static_cast<uint32_t>(kernels::Stream::dropout),
+                                  column.div(kernels::kDropoutColumns, "floor"), row, head);
+  // Two decisions a word, the first in its low half.
+  const at::Tensor place = column.bitwise_and(kernels::kDropoutColumns - 1);
+  const at::Tensor word = place.bitwise_right_shift(1).unsqueeze(-1);
+  const at::Tensor shift = place.bitwise_and(1).bitwise_left_shift(4);
+  std::vector<int64_t> shape = words.sizes().vec();
+  shape.back() = 1;
+  return words.gather(-1, word.expand(shape))
+      .squeeze(-1)
+      .bitwise_right_shift_(shift)
+      .bitwise_and_(0xFFFF)
+      .ge(threshold)
+      .to(options.dtype())
+      .mul_(kernels::dropout_keep_scale(threshold));
 }
 
 at::Tensor dropout_mask(const at::Tensor& seed, double dropout, int64_t batch, int64_t heads, int64_t first,

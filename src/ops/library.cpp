@@ -32,8 +32,10 @@ TORCH_LIBRARY(remnant, m) {
       "attention_weights(Tensor query, Tensor key, Tensor? mask, bool causal, float scale, int[] window) -> "
       "Tensor",
       plain);
-  m.def("attention_residual_bytes(str policy, int rows, int keys, int element_bytes, bool dropout) -> int",
-        plain);
+  m.def(
+      "attention_residual_bytes(str policy, int heads, int queries, int keys, int element_bytes, bool "
+      "dropout) -> int",
+      plain);
   m.def("softmax_approximation(Tensor energy, Tensor? mask=None, int m=5, bool paper_text=False) -> Tensor",
         plain);
   m.def(

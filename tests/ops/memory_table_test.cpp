@@ -18,7 +18,8 @@ struct Shape {
   int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;
 };
 
-const Shape kShapes[] = {{2, 4, 4, 40, 40, 8, 8}, {1, 4, 2, 17, 300, 16, 4}, {3, 2, 1, 5, 1, 4, 4}};
+const Shape kShapes[] = {
+    {2, 4, 4, 40, 40, 8, 8}, {1, 4, 2, 17, 300, 16, 4}, {3, 2, 1, 5, 1, 4, 4}, {1, 2, 1, 97, 11, 4, 4}};
 
 int64_t measured(const Shape& s, const Policy& policy, double dropout, at::ScalarType type) {
   const auto options = at::TensorOptions().dtype(type);
@@ -36,12 +37,13 @@ int64_t measured(const Shape& s, const Policy& policy, double dropout, at::Scala
 TEST(MemoryTable, AttentionKeepsWhatTheClosedFormSays) {
   for (const Shape& s : kShapes) {
     for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
-      for (const char* text : {"exact", "recompute", "curve:m=1", "curve:m=4", "curve:m=4,paper_text",
-                               "curve:m=200", "quantized:bits=2", "quantized:bits=4", "quantized:bits=8"}) {
+      for (const char* text :
+           {"exact", "recompute", "curve:m=1", "curve:m=4", "curve:m=4,paper_text", "curve:m=200",
+            "quantized:bits=2", "quantized:bits=4", "quantized:bits=8", "sampled:m=8", "sampled:m=1000"}) {
         for (double dropout : {0.0, 0.1}) {
           const Policy policy = Policy::parse(text);
           EXPECT_EQ(measured(s, policy, dropout, type),
-                    attention_residual_bytes(policy, s.batch * s.heads * s.queries, s.keys,
+                    attention_residual_bytes(policy, s.batch * s.heads, s.queries, s.keys,
                                              static_cast<int64_t>(c10::elementSize(type)), dropout > 0))
               << text << " " << type << " dropout " << dropout;
         }
@@ -52,13 +54,18 @@ TEST(MemoryTable, AttentionKeepsWhatTheClosedFormSays) {
 
 TEST(MemoryTable, TheClosedFormInNumbers) {
   // 1,000 rows of 40 keys in float32, as in the paper's translation model.
-  EXPECT_EQ(attention_residual_bytes(Policy::exact(), 1000, 40, 4, false), 160000);
-  EXPECT_EQ(attention_residual_bytes(Policy::recompute(), 1000, 40, 4, false), 4000);
-  EXPECT_EQ(attention_residual_bytes(Policy::recompute(), 1000, 40, 4, true), 4016);
-  EXPECT_EQ(attention_residual_bytes(Policy::curve(4), 1000, 40, 4, false), 1000 * (30 + 40));
-  EXPECT_EQ(attention_residual_bytes(Policy::quantized(4), 1000, 40, 4, false), 1000 * (20 + 4));
+  EXPECT_EQ(attention_residual_bytes(Policy::exact(), 10, 100, 40, 4, false), 160000);
+  EXPECT_EQ(attention_residual_bytes(Policy::recompute(), 10, 100, 40, 4, false), 4000);
+  EXPECT_EQ(attention_residual_bytes(Policy::recompute(), 10, 100, 40, 4, true), 4016);
+  EXPECT_EQ(attention_residual_bytes(Policy::curve(4), 10, 100, 40, 4, false), 1000 * (30 + 40));
+  EXPECT_EQ(attention_residual_bytes(Policy::quantized(4), 10, 100, 40, 4, false), 1000 * (20 + 4));
+  // 4,096 rows of as many keys: 128 tiles of 128 keys and weights, and a log-sum-exp a row.
+  EXPECT_EQ(attention_residual_bytes(Policy::sampled(128), 1, 4096, 4096, 4, false),
+            4096 * 4 + 128 * 128 * 8);
+  // The last tile is shorter and keeps as much.
+  EXPECT_EQ(attention_residual_bytes(Policy::sampled(8), 3, 33, 40, 8, true), 3 * (33 * 8 + 2 * 8 * 12) + 16);
   // The bound: n = 1000, m = 10 keeps at most 17 % of softmax input and output.
-  EXPECT_LE(attention_residual_bytes(Policy::curve(10), 1, 1000, 4, false), 0.17 * 2 * 4 * 1000);
+  EXPECT_LE(attention_residual_bytes(Policy::curve(10), 1, 1, 1000, 4, false), 0.17 * 2 * 4 * 1000);
 }
 
 TEST(MemoryTable, NothingIsKeptWithoutAGradient) {
@@ -71,7 +78,7 @@ TEST(MemoryTable, NothingIsKeptWithoutAGradient) {
   EXPECT_EQ(memory::kept_bytes({output}), 2 * 64 * 4 + 16 * 4);
   options.policy = Policy::curve(2);
   output = attention(q, k, v, options);
-  EXPECT_EQ(memory::kept_bytes({output}), attention_residual_bytes(options.policy, 16, 8, 4, false));
+  EXPECT_EQ(memory::kept_bytes({output}), attention_residual_bytes(options.policy, 2, 8, 8, 4, false));
 }
 
 TEST(MemoryTable, SoftmaxApproximation) {

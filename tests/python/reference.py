@@ -152,8 +152,77 @@ def curve(z: Tensor, m: int, paper_text: bool = False) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(z.shape)
 
 
+SAMPLE_ROWS = 32  # rows of a tile, which share their drawn keys
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox 4x32-10."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return [c0, c1, c2, c3]
+
+
+def tile_uniform(seed: Tensor, head: int, tile: int) -> float:
+    """The number in (0, 1) that decides a tile's draw: the rounding stream at (block 0, row = tile)."""
+    key, word = (int(x) for x in seed)
+    last = (((word & 0xFFFFFFFF) << 1) | 1) & 0xFFFFFFFF
+    x, y, _, _ = philox([0, tile, head, last], [key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF])
+    return ((x << 20 | y >> 12) + 0.5) * 2.0**-52
+
+
+def inclusion(weights: list[float], m: int) -> list[float]:
+    """min(1, c w) with c such that they sum to min(m, number of positive w)."""
+    certain = {j for j, w in enumerate(weights) if w > 0}
+    if len(certain) > m:
+        certain = set()
+        while True:  # each round takes in those that the last one's c sends above 1
+            rest = sum(w for j, w in enumerate(weights) if j not in certain)
+            c = (m - len(certain)) / rest
+            more = {j for j, w in enumerate(weights) if j not in certain and c * w >= 1}
+            if not more:
+                return [1.0 if j in certain else c * w for j, w in enumerate(weights)]
+            certain |= more
+    return [1.0 if j in certain else 0.0 for j in range(len(weights))]
+
+
+def systematic(pi: list[float], u: float) -> list[int]:
+    """Keys j for which some u + k, k whole, lies in (C_{j-1}, C_j], C the running sum of pi."""
+    drawn, reached = [], 0.0
+    for j, probability in enumerate(pi):
+        if math.floor(reached + probability - u) > math.floor(reached - u):
+            drawn.append(j)
+        reached += probability
+    return drawn
+
+
+def tile_weights(p: Tensor) -> Tensor:
+    """Sums of p over tiles of rows, [B, H, tiles, Nk]."""
+    tiles = -(-p.size(2) // SAMPLE_ROWS)
+    padded = torch.cat([p, p.new_zeros(*p.shape[:2], tiles * SAMPLE_ROWS - p.size(2), p.size(3))], 2)
+    return padded.unflatten(2, (tiles, SAMPLE_ROWS)).sum(3)
+
+
+def reweighted(p: Tensor, codes: Tensor, table: Tensor) -> Tensor:
+    """The estimate p^ of policy sampled: p / pi at a tile's drawn keys, 0 elsewhere."""
+    factors = p.new_zeros(*codes.shape[:3], p.size(3) + 1)
+    factors.scatter_(-1, torch.where(codes < 0, p.size(3), codes).long(), table.double())
+    return p * factors[..., :-1].repeat_interleave(SAMPLE_ROWS, 2)[:, :, : p.size(2)]
+
+
 def rank_bits(keys: int) -> int:
     return math.ceil(math.log2(keys)) if keys > 1 else 0
+
+
+def residual_bytes(policy: str, heads: int, queries: int, keys: int, element_bytes: int) -> int:
+    """Bytes that the policy keeps beyond query, key, value, output and mask, without dropout."""
+    if policy.startswith("sampled"):
+        wide = max(element_bytes, 4)
+        slots = min(int(policy.split("=")[1]), keys)
+        return heads * (queries * wide + -(-queries // SAMPLE_ROWS) * slots * (4 + wide))
+    return heads * queries * row_bytes(policy, keys, element_bytes)
 
 
 def row_bytes(policy: str, keys: int, element_bytes: int) -> int:

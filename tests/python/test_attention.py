@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import remnant
 
 STORED_EXACTLY = ["exact", "recompute"]  # their gradients are exact
-POLICIES = ["exact", "recompute", "curve:m=3", "curve:m=3,paper_text", "quantized:bits=4"]
+POLICIES = ["exact", "recompute", "curve:m=3", "curve:m=3,paper_text", "quantized:bits=4", "sampled:m=4"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HERE = Path(__file__).resolve().parent
 
@@ -55,9 +55,21 @@ def estimate(policy, z):
     return reference.curve(z, m, "paper_text" in policy)
 
 
+def drawn_softmax(policy, p, q, k, v, generator, mask=None, causal=False, window=None, scale=None, dropout=0.0):
+    """What the backward of sampled works with, given the generator's state before the call."""
+    c = scale if scale is not None else 1 / math.sqrt(max(q.size(-1), 1))
+    with torch.no_grad():
+        _, _, _, codes, table, _ = torch.ops.remnant.attention_forward(
+            q, k, v, mask, causal, dropout, c, policy, window or [], True, generator
+        )
+    return reference.reweighted(p, codes, table)
+
+
 def check_against_reference(policy, q, k, v, mask=None, causal=False, window=None, scale=None, tolerance=1e-9):
     """Output and every gradient in float64; for quantized only what its rounding leaves certain."""
-    o = remnant.attention(q, k, v, mask=mask, causal=causal, window=window, scale=scale, policy=policy)
+    options = dict(mask=mask, causal=causal, window=window, scale=scale)
+    generator = torch.Generator().manual_seed(5)
+    o = remnant.attention(q, k, v, policy=policy, generator=generator, **options)
     grad = torch.randn_like(o)
     wanted = [x for x in (q, k, v, mask) if x is not None and x.requires_grad]
     got = dict(zip(map(id, wanted), torch.autograd.grad(o, wanted, grad), strict=True))
@@ -65,7 +77,11 @@ def check_against_reference(policy, q, k, v, mask=None, causal=False, window=Non
     p = reference.softmax(z)
     torch.testing.assert_close(o, reference.output(p, v), rtol=tolerance, atol=tolerance)
     quantized = policy.startswith("quantized")
-    want = reference.gradients(q, k, v, grad, estimate(policy, z), scale)
+    if policy.startswith("sampled"):
+        drawn = drawn_softmax(policy, p, q, k, v, generator.manual_seed(5), **options)
+        want = reference.gradients(q, k, v, grad, drawn, scale, delta_of=p)
+    else:
+        want = reference.gradients(q, k, v, grad, estimate(policy, z), scale)
     bounds = reference.gradient_magnitudes(q, k, v, grad, torch.ones_like(p) * p.amax(-1, keepdim=True), scale)
     for x, name in ((q, "query"), (k, "key"), (v, "value")):
         if id(x) not in got:
@@ -428,15 +444,20 @@ def test_any_call_with_dropout_agrees_with_the_extracted_mask(call, policy, drop
     options = dict(mask=mask, causal=call["causal"], window=call["window"])
     b, h, n = q.shape[:3]
     drop = dropout_factors(b, h, n, k.size(2), dropout, seed=call["seed"])
-    torch.manual_seed(call["seed"])
-    o = remnant.attention(q, k, v, policy=policy, dropout=dropout, **options)
+    generator = torch.Generator().manual_seed(call["seed"])
+    o = remnant.attention(q, k, v, policy=policy, dropout=dropout, generator=generator, **options)
     z = reference.logits(q, k, **options)
     p = reference.softmax(z)
     torch.testing.assert_close(o, reference.output(p, v, drop), rtol=1e-6, atol=1e-6)
     if policy.startswith("quantized"):
         return
     grad = torch.randn_like(o)
-    want = reference.gradients(q, k, v, grad, estimate(policy, z), drop=drop)
+    if policy.startswith("sampled"):
+        generator.manual_seed(call["seed"])
+        drawn = drawn_softmax(policy, p, q, k, v, generator, dropout=dropout, **options)
+        want = reference.gradients(q, k, v, grad, drawn, drop=drop, delta_of=p)
+    else:
+        want = reference.gradients(q, k, v, grad, estimate(policy, z), drop=drop)
     for x, y in zip(torch.autograd.grad(o, [q, k, v], grad), want[:3], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
@@ -582,13 +603,14 @@ def test_seeds(policy):
     assert same(run(generator=generator), second)
 
 
-def test_without_dropout_or_rounding_no_random_number_is_drawn():
+def test_no_random_number_is_drawn_that_is_not_needed():
     q, k, v = inputs()
     state = torch.get_rng_state()
     for policy in ("exact", "recompute", "curve:m=3"):
         remnant.attention(q, k, v, policy=policy).sum().backward()
     with torch.no_grad():
         remnant.attention(q, k, v, policy="quantized:bits=4")
+        remnant.attention(q, k, v, policy="sampled:m=4")
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -629,9 +651,14 @@ VARIANT_CASES = [
 ]
 
 
+# A last bit may decide another draw of sampled, whose gradient is then another: float64 only.
+VARIANTS = [x for x in product(VARIANT_CASES, POLICIES, (torch.float64, torch.float32, torch.bfloat16))
+            if x[2] == torch.float64 or not x[1].startswith("sampled")]  # fmt: skip
+
+
 def variant_results():
     results = []
-    for case, policy, dtype in product(VARIANT_CASES, POLICIES, (torch.float64, torch.float32, torch.bfloat16)):
+    for case, policy, dtype in VARIANTS:
         torch.manual_seed(17)
         q, k, v = inputs(**case["shape"], dtype=dtype)
         mask = None
@@ -694,7 +721,7 @@ def test_every_path_drops_the_same_elements(variants, name):
 def test_every_path_computes_the_same(variants, results_here, name):
     if name not in variants:
         pytest.skip(f"this machine lacks {name}")
-    cases = [*product(VARIANT_CASES, POLICIES, (torch.float64, torch.float32, torch.bfloat16)), "softmax"]
+    cases = [*VARIANTS, "softmax"]
     for case, ours, theirs in zip(cases, results_here, variants[name]["results"], strict=True):
         policy, dtype = case[1:] if case != "softmax" else ("curve", torch.float32)
         for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
@@ -710,23 +737,24 @@ def test_every_path_computes_the_same(variants, results_here, name):
 # --- what is kept ----------------------------------------------------------------------------------
 
 KEEPING = ["exact", "recompute", "curve:m=1", "curve:m=5", "curve:m=60", "curve:m=5,paper_text",
-           "quantized:bits=2", "quantized:bits=4", "quantized:bits=8"]  # fmt: skip
+           "quantized:bits=2", "quantized:bits=4", "quantized:bits=8", "sampled:m=1", "sampled:m=20",
+           "sampled:m=1000"]  # fmt: skip
 
 
 @pytest.mark.parametrize("policy", KEEPING)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kept_bytes_are_the_closed_form(policy, dropout, dtype):
-    for queries, keys in ((17, 50), (13, 97), (5, 257), (3, 1)):
+    for queries, keys in ((17, 50), (13, 97), (5, 257), (3, 1), (65, 40)):
         q, k, v = inputs(2, 3, 3, queries, keys, 8, 4, dtype=dtype)
         got, _ = reference.saved_bytes(lambda q=q, k=k, v=v: remnant.attention(q, k, v, policy=policy, dropout=dropout))
         rows = 2 * 3 * queries
-        residual = rows * reference.row_bytes(policy, keys, q.element_size()) + (16 if dropout else 0)
-        assert remnant.attention_residual_bytes(policy, rows, keys, q.element_size(), dropout > 0) == residual
+        residual = reference.residual_bytes(policy, 6, queries, keys, q.element_size()) + (16 if dropout else 0)
+        assert remnant.attention_residual_bytes(policy, 6, queries, keys, q.element_size(), dropout > 0) == residual
         whole = sum(x.untyped_storage().nbytes() for x in (q, k, v))
         # Only policies that rest on an exact or unbiased softmax take delta from the output; exact does
         # where it runs the kernel of recompute, with dropout.
-        from_output = policy == "recompute" or policy.startswith("quantized") or (policy == "exact" and dropout > 0)
+        from_output = policy.startswith(("recompute", "quantized", "sampled")) or (policy == "exact" and dropout > 0)
         o = rows * 4 * q.element_size() if from_output else 0
         assert got == residual + whole + o, (queries, keys)
 
@@ -737,7 +765,7 @@ def test_kept_bytes_without_rows(policy, dropout):
     q, k, v = inputs(2, 3, 3, 0, 5)
     got, _ = reference.saved_bytes(lambda: remnant.attention(q, k, v, policy=policy, dropout=dropout))
     whole = sum(x.untyped_storage().nbytes() for x in (q, k, v))
-    assert got - whole == remnant.attention_residual_bytes(policy, 0, 5, 8, dropout > 0)
+    assert got - whole == remnant.attention_residual_bytes(policy, 6, 0, 5, 8, dropout > 0)
 
 
 def saved_storages(run):
@@ -761,9 +789,9 @@ def test_frozen_inputs_keep_less(policy):
         found = saved_storages(run)
         return [x.untyped_storage().data_ptr() in found for x in (q, k, v, o)]
 
-    rebuilds = policy == "recompute"
+    rebuilds = policy.startswith(("recompute", "sampled"))
     exact = policy == "exact"
-    from_output = policy == "recompute" or policy.startswith("quantized")
+    from_output = rebuilds or policy.startswith("quantized")
     assert keeps((False, False, True)) == [rebuilds, rebuilds, False, False]
     assert keeps((True, False, False)) == [rebuilds or exact, True, True, from_output]
     assert keeps((False, True, False)) == [True, rebuilds or exact, True, from_output]
@@ -783,7 +811,7 @@ def test_nothing_is_kept_without_a_gradient(policy):
         assert not remnant.attention(*frozen, policy=policy).requires_grad
 
 
-@pytest.mark.parametrize("policy", ["recompute", "curve:m=5", "quantized:bits=4"])
+@pytest.mark.parametrize("policy", ["recompute", "curve:m=5", "quantized:bits=4", "sampled:m=9"])
 def test_masks_are_not_expanded(policy):
     q, k, v = inputs(2, 3, 3, 64, 64)
     mask = torch.rand(2, 1, 1, 64) < 0.8
@@ -794,14 +822,14 @@ def test_masks_are_not_expanded(policy):
     assert causal == plain
 
 
-@pytest.mark.parametrize("policy", ["recompute", "curve:m=4", "quantized:bits=2"])
+@pytest.mark.parametrize("policy", ["recompute", "curve:m=4", "quantized:bits=2", "sampled:m=32"])
 def test_no_square_is_allocated_in_the_forward(policy):
     n = 2048
     q, k, v = inputs(1, 1, 1, n, n, 8, 8, dtype=torch.float32)
     square = n * n * 4
     for options in ({}, {"causal": True, "dropout": 0.1}, {"mask": torch.rand(n) < 0.9, "window": (300, 10)}):
         seen = reference.allocations(lambda o=options: remnant.attention(q, k, v, policy=policy, **o))
-        kept = remnant.attention_residual_bytes(policy, n, n, 4)
+        kept = remnant.attention_residual_bytes(policy, 1, n, n, 4)
         assert seen.largest < max(square / 2, kept + 1), options
         assert seen.peak < square / 2 + kept, options
 
@@ -911,7 +939,7 @@ def gradcheck_inputs(additive=None, **_):
     return tensors + ([leaf(*additive)] if additive else [])
 
 
-@pytest.mark.parametrize("policy", STORED_EXACTLY)
+@pytest.mark.parametrize("policy", [*STORED_EXACTLY, "sampled:m=4"])  # of 4 keys
 @pytest.mark.parametrize("case", GRADCHECK_CASES)
 def test_gradcheck(policy, case):
     options = {x: y for x, y in GRADCHECK_CASES[case].items() if x != "additive"}
@@ -1048,7 +1076,7 @@ MISTAKES = {
     "another device": ((Q, K.to("meta"), V), {}, ["device", "cpu", "meta"]),
     "misspelt policy": ((Q, K, V), {"policy": "recompte"}, ["recompte", "did you mean 'recompute'?"]),
     "misspelt curve": ((Q, K, V), {"policy": "curv:m=4"}, ["curv", "did you mean 'curve'?"]),
-    "unknown policy": ((Q, K, V), {"policy": "zzzzzzzzzz"}, ["zzzzzzzzzz", "exact, recompute, curve:m=4"]),
+    "unknown policy": ((Q, K, V), {"policy": "zzzzzzzzzz"}, ["zzzzzzzzzz", "exact, recompute, curve:m=4", "sampled:m=128"]),
     "empty policy": ((Q, K, V), {"policy": ""}, ["unknown attention policy"]),
     "unknown parameter": ((Q, K, V), {"policy": "curve:n=4"}, ["unknown parameter 'n'", "did you mean 'm'?"]),
     "parameter of another": ((Q, K, V), {"policy": "recompute:m=4"}, ["unknown parameter 'm'"]),
@@ -1056,6 +1084,9 @@ MISTAKES = {
     "not a number": ((Q, K, V), {"policy": "curve:m=four"}, ["whole number", "four"]),
     "fraction": ((Q, K, V), {"policy": "curve:m=4.5"}, ["whole number", "4.5"]),
     "m of 0": ((Q, K, V), {"policy": "curve:m=0"}, ["m must be at least 1", "got 0"]),
+    "misspelt sampled": ((Q, K, V), {"policy": "sampel:m=4"}, ["sampel", "did you mean 'sampled'?"]),
+    "no sample": ((Q, K, V), {"policy": "sampled:m=0"}, ["sampled", "m must be at least 1", "got 0"]),
+    "sampled bits": ((Q, K, V), {"policy": "sampled:bits=4"}, ["unknown parameter 'bits'"]),
     "3 bits": ((Q, K, V), {"policy": "quantized:bits=3"}, ["2, 4 or 8", "got 3"]),
     "nothing after the colon": ((Q, K, V), {"policy": "curve:"}, ["nothing after ':'"]),
     "nothing after the comma": ((Q, K, V), {"policy": "curve:m=4,"}, ["nothing after ','"]),
@@ -1083,9 +1114,10 @@ def test_mistakes_are_named_with_a_gradient_too():
 
 
 @pytest.mark.parametrize("name, arguments", [
-    ("policy", ("recompte", 4, 4, 4, False)),
-    ("rows", ("exact", -1, 4, 4, False)),
-    ("keys", ("exact", 4, -1, 4, False)),
+    ("policy", ("recompte", 4, 4, 4, 4, False)),
+    ("heads", ("exact", -1, 4, 4, 4, False)),
+    ("queries", ("exact", 4, -1, 4, 4, False)),
+    ("keys", ("exact", 4, 4, -1, 4, False)),
 ])  # fmt: skip
 def test_residual_bytes_names_mistakes(name, arguments):
     with pytest.raises(RuntimeError, match=name):

@@ -8,6 +8,7 @@ import remnant
 
 ops = torch.ops.remnant
 POLICIES = ["exact", "recompute", "curve:m=3"]  # without dropout deterministic, which opcheck wants
+RANDOM = ["quantized:bits=4", "sampled:m=3"]
 MASKS = ["none", "boolean", "additive"]
 
 
@@ -47,7 +48,7 @@ def test_attention_in_other_dtypes(dtype):
         opcheck(ops.attention.default, (q, k, v, m), dict(policy=policy), test_utils=utilities)
 
 
-@pytest.mark.parametrize("policy", POLICIES + ["quantized:bits=4"])
+@pytest.mark.parametrize("policy", POLICIES + RANDOM)
 def test_attention_with_random_draws(policy):
     q, k, v, m = samples("boolean", True)
     options = dict(mask=m, dropout=0.3, policy=policy)
@@ -75,14 +76,14 @@ def test_attention_forward_that_keeps_nothing(policy):
 NEEDS = [[True, True, True, True], [True, True, True, False], [False, False, True, False], [True, False, False, False]]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES + RANDOM)
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_attention_backward(policy, needs, kv_heads):
     q, k, v, m, *rest = forward_arguments("additive", policy, False, kv_heads=kv_heads)
     output, *kept = ops.attention_forward(q, k, v, m, *rest)
     causal, dropout, scale, _, window, _ = rest
-    kept_output = output if policy == "recompute" else None
+    kept_output = output if policy.startswith(("recompute", "quantized", "sampled")) else None
     opcheck(
         ops.attention_backward.default,
         (torch.randn_like(output), q, k, v, m, kept_output, *kept, kv_heads, 7, causal, dropout, scale, policy, window,
@@ -120,7 +121,7 @@ def test_softmax_input_from_output(requires_grad):
 # --- torch.compile ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", POLICIES + ["quantized:bits=4"])
+@pytest.mark.parametrize("policy", POLICIES + RANDOM)
 @pytest.mark.parametrize("mask", MASKS)
 def test_compiled_code_gives_the_same(policy, mask):
     torch._dynamo.reset()
@@ -173,14 +174,19 @@ def test_compiled_softmax_approximation():
         torch.testing.assert_close(x, y)
 
 
-def test_compiled_code_takes_other_lengths():
+@pytest.mark.parametrize("policy", ["recompute", "sampled:m=6"])
+def test_compiled_code_takes_other_lengths(policy):
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda q, k, v: remnant.attention(q, k, v, causal=True), fullgraph=True, backend="aot_eager", dynamic=True
-    )
-    for n in (5, 8, 13):
+
+    def function(q, k, v):
+        return remnant.attention(q, k, v, causal=True, policy=policy)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (5, 8, 40):  # fewer and more keys than are drawn, one tile of rows and two
         q, k, v = (torch.randn(2, 2, n, 4, requires_grad=True) for _ in range(3))
-        want = remnant.attention(q, k, v, causal=True)
+        torch.manual_seed(1)
+        want = function(q, k, v)
+        torch.manual_seed(1)
         got = compiled(q, k, v)
         torch.testing.assert_close(got, want)
         for x, y in zip(

@@ -161,14 +161,14 @@ def test_policies_keep_what_residual_bytes_says(inputs):
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    for policy in ["exact", "recompute", "curve:m=2", "quantized:bits=4"]:
+    for policy in ["exact", "recompute", "curve:m=2", "quantized:bits=4", "sampled:m=3"]:
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = remnant.attention(*inputs, policy=policy)
         common = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
                   for tensor in (*inputs, output)}
         residual = sum(size for address, size in kept.items() if address not in common)
-        assert residual == remnant.attention_residual_bytes(policy, 2 * 3 * 5, 7, 8), policy
+        assert residual == remnant.attention_residual_bytes(policy, 2 * 3, 5, 7, 8), policy
 
 
 def test_softmax_approximation_is_called_and_applied_alike():

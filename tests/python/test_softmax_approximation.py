@@ -217,7 +217,7 @@ def test_a_thousand_keys_keep_at_most_17_percent_of_softmax_input_and_output():
     energy = energies(2, 1000, dtype=torch.float32)
     got, _ = reference.saved_bytes(lambda: softmax_approximation(energy, None, 10))
     assert got <= 0.17 * 2 * energy.numel() * 4
-    assert remnant.attention_residual_bytes("curve:m=10", 2, 1000, 4) <= 0.17 * 2 * energy.numel() * 4
+    assert remnant.attention_residual_bytes("curve:m=10", 1, 2, 1000, 4) <= 0.17 * 2 * energy.numel() * 4
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -313,7 +313,7 @@ def test_fault_02_masks_other_than_right_padding_keep_every_row(kind):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("policy", ["exact", "recompute", "curve:m=3", "quantized:bits=4"])
+@pytest.mark.parametrize("policy", ["exact", "recompute", "curve:m=3", "quantized:bits=4", "sampled:m=50"])
 def test_fault_03_causal_attention_does_not_see_the_future(policy):
     q, k, v = (torch.randn(1, 2, 50, 4, requires_grad=True) for _ in range(3))
     o = remnant.attention(q, k, v, causal=True, policy=policy)
@@ -340,7 +340,7 @@ def test_fault_04_backward_memory_is_linear_in_a_row():
     assert seen.peak <= 4 * 2 * 512 * 512 * 4
 
 
-@pytest.mark.parametrize("policy", ["exact", "recompute", "curve:m=3", "quantized:bits=4"])
+@pytest.mark.parametrize("policy", ["exact", "recompute", "curve:m=3", "quantized:bits=4", "sampled:m=5"])
 def test_fault_05_nan_is_not_hidden(policy):
     energy = energies(3, 20)
     with torch.no_grad():

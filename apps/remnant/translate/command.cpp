@@ -218,7 +218,8 @@ void add_use_flags(CLI::App& command, UseOptions& use) {
   command.add_option("--threads", use.threads, "0: all cores")->capture_default_str();
 }
 
-constexpr const char* kPolicies = "what attention keeps: exact, recompute, curve:m=4, quantized:bits=4";
+constexpr const char* kPolicies =
+    "what attention keeps: exact, recompute, curve:m=4, quantized:bits=4, sampled:m=128";
 
 }  // namespace
 

@@ -422,7 +422,7 @@ class Trainer {
     const Policy policy = Policy::parse(options_.attention);
     const int64_t element = options_.precision == "bf16" ? 2 : 4;
     const auto residual = [&](int64_t queries, int64_t keys) {
-      return attention_residual_bytes(policy, heads * queries, keys, element, options_.dropout > 0);
+      return attention_residual_bytes(policy, heads, queries, keys, element, options_.dropout > 0);
     };
     ordered_json json = ordered_json::parse(report.json());
     if (!json.is_object()) json = {{"rows", json}};

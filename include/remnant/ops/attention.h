@@ -27,7 +27,7 @@ struct AttentionOptions {
   Policy policy = {};
   /// (left, right): query i attends keys i - left <= j <= i + right; -1 means no bound on a side.
   std::optional<std::pair<int64_t, int64_t>> window = std::nullopt;
-  /// Source of the dropout and rounding seeds; the device's default generator when absent.
+  /// Source of the seeds of dropout, rounding and key draws; the device's default generator when absent.
   std::optional<at::Generator> generator = std::nullopt;
 };
 
@@ -56,9 +56,9 @@ REMNANT_API std::tuple<at::Tensor, at::Tensor> attention_with_weights(const at::
                                                                       const AttentionOptions& options = {});
 
 /// Bytes that `attention` keeps for backward beyond query, key, value, output and mask: the closed
-/// form that the tests hold against measurement. rows = B * H * Nq, keys = Nk;
+/// form that the tests hold against measurement. heads = B * H, queries = Nq, keys = Nk;
 /// element_bytes: size of one element of the input dtype. Dropout adds 16 bytes of seed.
-REMNANT_API int64_t attention_residual_bytes(const Policy& policy, int64_t rows, int64_t keys,
-                                             int64_t element_bytes, bool dropout);
+REMNANT_API int64_t attention_residual_bytes(const Policy& policy, int64_t heads, int64_t queries,
+                                             int64_t keys, int64_t element_bytes, bool dropout);
 
 }  // namespace remnant
