@@ -15,7 +15,7 @@ enum class PolicyKind {
   recompute,  ///< keeps one log-sum-exp a row and rebuilds P from q and k. Gradient exact.
   curve,      ///< the paper's curve: m highest, m lowest, a decay and every rank. Gradient biased.
   quantized,  ///< P in 2, 4 or 8 bits by stochastic rounding. Gradient unbiased.
-  sampled,    ///< m keys for every 32 rows, drawn by their share of P and re-weighted. Gradient unbiased.
+  sampled,    ///< m keys for every 64 rows, drawn by their share of P and re-weighted. Gradient unbiased.
 };
 
 /// A policy and its parameters; written `exact`, `recompute`, `curve:m=4`, `curve:m=4,paper_text`,
@@ -23,7 +23,7 @@ enum class PolicyKind {
 struct REMNANT_API Policy {
   PolicyKind kind = PolicyKind::recompute;
   /// `curve`: how many of the highest and of the lowest elements of a row are kept. `sampled`: how many
-  /// keys are drawn for 32 consecutive rows. >= 1.
+  /// keys are drawn for 64 consecutive rows. >= 1.
   int64_t m = 5;
   /// `curve` only: follow the paper's text, without rescaling the middle so that a row sums to 1,
   /// and with the curve's own end point instead of the kept lowest value l_m.

@@ -42,7 +42,7 @@ def attention(
                 the gradient is approximate and biased. "curve:m=4,paper_text" follows the paper's text,
                 which does not rescale a row to sum 1.
             "quantized:bits=4": 2, 4 or 8 bits an element, rounded stochastically; the gradient is unbiased.
-            "sampled:m=128": m keys for every 32 rows, drawn by their share of the softmax and re-weighted;
+            "sampled:m=128": m keys for every 64 rows, drawn by their share of the softmax and re-weighted;
                 the gradient is unbiased, and the backward works on the drawn keys alone.
         window: (left, right): query i attends keys i - left <= j <= i + right; -1: no bound on that side.
         generator: source of the seeds of dropout, rounding and key draws; the device's default generator when None.

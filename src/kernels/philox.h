@@ -35,7 +35,7 @@ constexpr uint32_t kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
 constexpr int kPhiloxRounds = 10;
 
 /// Policy sampled: consecutive query rows that share their drawn keys.
-constexpr int64_t kSampleRows = 32;
+constexpr int64_t kSampleRows = 64;
 // The draw of tile t hangs on one number in (0, 1), ((x << 20 | y >> 12) + 0.5) / 2^52 in double, of the
 // first two words x, y of the rounding stream at (block 0, row t): `sampled` has no rounding that could meet
 // it.

@@ -164,7 +164,7 @@ bool exact_is_fused(const AttentionCall& call, at::ScalarType type) {
 }
 
 // Policies that the CPU's fused kernels know; the others run the composite path there too.
-bool fused_policy(const AttentionCall& call) { return call.policy.kind != PolicyKind::sampled; }
+bool fused_policy(const AttentionCall& call) { return true; }
 
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const std::optional<at::Tensor>& mask, bool causal, double dropout, double scale,

@@ -73,6 +73,13 @@ void set_residuals(kernels::AttentionProblem<T>& problem, const AttentionCall& c
       problem.keep = kernels::Keep::lse;
       problem.lse = const_cast<T*>(residuals.lse.const_data_ptr<T>());
       return;
+    case PolicyKind::sampled:
+      problem.keep = kernels::Keep::sample;
+      problem.lse = const_cast<T*>(residuals.lse.const_data_ptr<T>());
+      problem.drawn = const_cast<int32_t*>(residuals.codes.const_data_ptr<int32_t>());
+      problem.inverse = const_cast<T*>(residuals.table.const_data_ptr<T>());
+      problem.slots = residuals.codes.size(3);
+      return;
     case PolicyKind::curve:
       problem.keep = kernels::Keep::curve;
       break;
@@ -135,6 +142,7 @@ at::Tensor forward(const at::Tensor& query, const at::Tensor& key, const at::Ten
   if (keeps(residuals)) set_residuals(problem, call, residuals);
   kernels::choose_tiles<T>(problem);
   if (output.numel() == 0 || problem.keys == 0) {
+    if (residuals.codes.scalar_type() == at::kInt) residuals.codes.fill_(-1);
     residuals.table.zero_();
     residuals.lse.fill_(-std::numeric_limits<double>::infinity());
     output.zero_();

@@ -152,7 +152,7 @@ def curve(z: Tensor, m: int, paper_text: bool = False) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(z.shape)
 
 
-SAMPLE_ROWS = 32  # rows of a tile, which share their drawn keys
+SAMPLE_ROWS = 64  # rows of a tile, which share their drawn keys
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:

@@ -8,7 +8,8 @@ import torch
 
 import remnant
 
-ROWS, KEYS = 70, 61  # three tiles, the last one of 6 rows
+TILE = reference.SAMPLE_ROWS
+ROWS, KEYS = 2 * TILE + 6, 61  # three tiles, the last one of 6 rows
 
 
 def leaf(*shape, dtype=torch.float64):
@@ -24,8 +25,8 @@ def boolean(*shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(9)) < 0.5
     if shape[-2] > 1:
         mask[..., 3:7, :] = False  # rows without a key
-        if shape[-2] > 64:
-            mask[..., 32:64, :] = False  # and a tile of them
+        if shape[-2] > 2 * TILE:
+            mask[..., TILE : 2 * TILE, :] = False  # and a tile of them
     return mask
 
 
@@ -127,7 +128,7 @@ def test_keys_are_drawn_as_often_as_their_probability_says():
 
 def test_tiles_heads_and_calls_draw_apart():
     # Equal scores everywhere: the keys of a tile say what its random number is.
-    q, k, v = (torch.zeros(2, 8, n, 1) for n in (32 * 16, 64, 64))
+    q, k, v = (torch.zeros(2, 8, n, 1) for n in (TILE * 16, 64, 64))
     first = [residuals(q, k, v, 1, seed)[2].flatten().double() / 64 for seed in range(8)]
     numbers = torch.stack(first)  # 8 x 256 nearly uniform numbers
     assert abs(numbers.mean() - 0.5 + 1 / 128) < 5 * math.sqrt(1 / 12 / numbers.numel())

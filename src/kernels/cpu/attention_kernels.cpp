@@ -6,6 +6,7 @@
 #include "kernels/cpu/curve_tiles.h"
 #include "kernels/cpu/products.h"
 #include "kernels/cpu/rows.h"
+#include "kernels/cpu/sample.h"
 #include "kernels/cpu/tiles.h"
 #include "kernels/cpu/variants.h"
 
@@ -25,7 +26,7 @@ struct Scratch {
   T *maximum, *sum, *correction, *lse, *delta, *step;
   T* row;  // one row of keys
   uint8_t* allowed;
-  void* curve;
+  void* rest;  // curve: what sorting needs; sampled: weights, or the drawn keys' rows
   int64_t output_stride;
 
   Scratch(void* memory, const AttentionProblem<T>& problem) {
@@ -50,7 +51,7 @@ struct Scratch {
     step = take(rows);
     row = take(problem.tile_keys);
     allowed = reinterpret_cast<uint8_t*>(at);
-    curve = allowed + round_up(problem.tile_keys * rows, 64);
+    rest = allowed + round_up(problem.tile_keys * rows, 64);
   }
 };
 
@@ -167,7 +168,7 @@ void keep_curve(const AttentionProblem<T>& problem, const Block& block, Scratch<
       }
     } else if constexpr (std::is_same_v<T, float>) {
       constexpr int lanes = kWidth<uint64_t>;
-      auto* const words = static_cast<Words*>(scratch.curve);
+      auto* const words = static_cast<Words*>(scratch.rest);
       for (int64_t part = 0; part < height; part += lanes) {
         const int64_t rows = height - part < lanes ? height - part : lanes;
         rank_by_network(z + r + part, stride, keys, rows, words, ranks + r + part);
@@ -186,7 +187,7 @@ void keep_curve(const AttentionProblem<T>& problem, const Block& block, Scratch<
         }
       }
     } else {
-      CurveScratch<T> sort(scratch.curve, keys);
+      CurveScratch<T> sort(scratch.rest, keys);
       for (int64_t l = 0; l < height; ++l) {
         for (int64_t j = 0; j < keys; ++j) sort.by_rank[j] = z[j * stride + r + l];
         rank_by_radix(sort.by_rank, keys, sort.ranks, sort.key, sort.key2, sort.order, sort.order2);
@@ -217,9 +218,40 @@ void keep_tile(const AttentionProblem<T>& problem, const Block& block, const Til
   }
 }
 
+// What the forward of policy sampled collects on its way through the keys.
+template <typename T>
+struct SampleWeights {
+  T *weights, *mass;  // [keys]; [tiles][2][rows]: a tile's sums and the maxima they are relative to
+
+  SampleWeights(const AttentionProblem<T>& problem, const Scratch<T>& scratch)
+      : weights(static_cast<T*>(scratch.rest)), mass(weights + round_up(problem.keys, kTileUnit)) {}
+  T* tile_mass(const AttentionProblem<T>& problem, int64_t begin) const {
+    return mass + begin / problem.tile_keys * 2 * problem.block_rows;
+  }
+};
+
+template <typename T>
+void keep_sample(const AttentionProblem<T>& problem, const Block& block, const SampleWeights<T>& sample,
+                 Scratch<T>& scratch) {
+  for (int64_t begin = 0; begin < block.keys; begin += problem.tile_keys) {
+    const T* const mass = sample.tile_mass(problem, begin);
+    settle_weights(mass, mass + problem.block_rows, scratch.lse, block.rows, sample.weights + begin,
+                   std::min(problem.tile_keys, block.keys - begin));
+  }
+  const int64_t tiles = (problem.queries + kSampleRows - 1) / kSampleRows;
+  const int64_t tile = block.first / kSampleRows;
+  const int64_t at = (static_cast<int64_t>(block.head) * tiles + tile) * problem.slots;
+  draw_keys(sample.weights, block.keys, problem.slots,
+            tile_uniform(problem.seed, block.head, static_cast<uint32_t>(tile)), problem.drawn + at,
+            problem.inverse + at);
+}
+
 template <typename T>
 void forward_block(const AttentionForward<T>& problem, const Block& block, Scratch<T>& scratch) {
   const bool curve = problem.keep == Keep::curve;
+  const bool samples = problem.keep == Keep::sample;
+  const bool drops = problem.drop_threshold > 0;
+  const SampleWeights<T> sample(problem, scratch);
   const bool keeps_tiles = problem.keep == Keep::probabilities || problem.keep == Keep::codes;
   for (int64_t r = 0; r < block.padded; ++r) {
     scratch.maximum[r] = kNothing<T>;
@@ -230,6 +262,11 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
   for (int64_t begin = 0; begin < block.keys; begin += problem.tile_keys) {
     const Tile tile = make_tile(problem, block, begin, begin + problem.tile_keys, curve, scratch.allowed);
     const int64_t count = tile.end - tile.begin;
+    if (samples) {
+      for (int64_t j = begin; j < std::min(begin + problem.tile_keys, block.keys); ++j) sample.weights[j] = 0;
+      T* const mass = sample.tile_mass(problem, begin);
+      for (int64_t r = 0; r < 2 * problem.block_rows; ++r) mass[r] = 0;
+    }
     if (count <= 0) continue;
     score_tile(problem, block, tile, scratch);
     if (curve) {
@@ -237,11 +274,16 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
       std::memcpy(scratch.products, scratch.scores, static_cast<size_t>(count * block.padded) * sizeof(T));
     }
     const TileDropout<T> drop = tile_dropout(problem, block, tile);
-    const bool corrects = problem.drop_threshold > 0
-                              ? softmax_tile<true>(scratch.scores, block.padded, count, scratch.maximum,
-                                                   scratch.sum, scratch.correction, drop)
-                              : softmax_tile<false>(scratch.scores, block.padded, count, scratch.maximum,
-                                                    scratch.sum, scratch.correction, drop);
+    const bool corrects =
+        (drops && !samples ? softmax_tile<true, T>
+                           : softmax_tile<false, T>)(scratch.scores, block.padded, count, scratch.maximum,
+                                                     scratch.sum, scratch.correction, drop);
+    if (samples) {
+      T* const mass = sample.tile_mass(problem, begin);
+      weigh_tile(scratch.scores, block.padded, count, block.rows, scratch.maximum, scratch.sum, scratch.delta,
+                 sample.weights + tile.begin, mass, mass + problem.block_rows);
+      if (drops) drop_tile(scratch.scores, block.padded, count, drop);
+    }
     const T* const value = problem.value.at(block.b, block.kv_head, block.key_row + tile.begin);
     if (first) {
       multiply<true, false>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value,
@@ -273,8 +315,9 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
       for (int64_t d = 0; d < problem.value_dim; ++d) out[d] = from[d] * inverse;
     }
   }
-  if (problem.keep == Keep::lse) {
+  if (problem.keep == Keep::lse || samples) {
     for (int64_t r = 0; r < block.rows; ++r) problem.lse[block.residual_row + r] = scratch.lse[r];
+    if (samples) keep_sample(problem, block, sample, scratch);
   } else if (curve) {
     if (block.keys > 0) {
       std::swap(scratch.scores, scratch.products);
@@ -469,16 +512,13 @@ void rebuild_tile(const AttentionBackward<T>& problem, const Block& block, const
               static_cast<size_t>((end - count) * block.padded) * sizeof(T));
 }
 
-// `opens`: the lane's first block of queries, which writes dK and dV where later ones add.
+// What a block's tiles share in backward: q and g transposed and scaled, lse, delta.
 template <typename T>
-void backward_block(const AttentionBackward<T>& problem, const Block& block, int64_t segment, bool opens,
-                    Scratch<T>& scratch) {
-  const bool needs_dz = problem.grad_query.data != nullptr || problem.grad_key.data != nullptr;
-  const bool drops = problem.drop_threshold > 0;
-  const bool curve = problem.keep == Keep::curve;
+void prepare_rows(const AttentionBackward<T>& problem, const Block& block, bool needs_dz,
+                  Scratch<T>& scratch) {
   const int64_t query_row = block.query_row + block.first;
   const T* const g = problem.grad_output.at(block.b, block.h, query_row);
-  if (problem.keep == Keep::lse) {
+  if (problem.keep == Keep::lse || problem.keep == Keep::sample) {
     transpose_query(problem, block, scratch);
     lse_for_probabilities(problem.lse + block.residual_row, block, scratch.lse);
   } else if (problem.keep == Keep::codes) {
@@ -504,6 +544,18 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
       }
     }
   }
+}
+
+// `opens`: the lane's first block of queries, which writes dK and dV where later ones add.
+template <typename T>
+void backward_block(const AttentionBackward<T>& problem, const Block& block, int64_t segment, bool opens,
+                    Scratch<T>& scratch) {
+  const bool needs_dz = problem.grad_query.data != nullptr || problem.grad_key.data != nullptr;
+  const bool drops = problem.drop_threshold > 0;
+  const bool curve = problem.keep == Keep::curve;
+  const int64_t query_row = block.query_row + block.first;
+  const T* const g = problem.grad_output.at(block.b, block.h, query_row);
+  prepare_rows(problem, block, needs_dz, scratch);
   bool adds_query = problem.phase > 0;
   for (int64_t index = 0, begin = 0; begin < block.keys; ++index, begin += problem.tile_keys) {
     if (problem.lanes > 1 && lane_of(index, problem.lanes) != segment) continue;
@@ -565,6 +617,94 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
   }
 }
 
+// Policy sampled: the block's drawn keys, gathered so that their products are as dense as a tile's, and the
+// gradients of their rows scattered back.
+template <typename T>
+void backward_sampled(const AttentionBackward<T>& problem, const Block& block, int64_t segment, bool opens,
+                      Scratch<T>& scratch) {
+  const bool needs_dz = problem.grad_query.data != nullptr || problem.grad_key.data != nullptr;
+  const int64_t query_row = block.query_row + block.first;
+  const T* const g = problem.grad_output.at(block.b, block.h, query_row);
+  const int64_t key_dim = problem.head_dim, value_dim = problem.value_dim;
+  const int64_t key_stride = round_up(key_dim, kTileUnit), value_stride = round_up(value_dim, kTileUnit);
+  prepare_rows(problem, block, needs_dz, scratch);
+  if (opens) {
+    for (int64_t index = 0, begin = 0; begin < block.keys; ++index, begin += problem.tile_keys) {
+      if (problem.lanes > 1 && lane_of(index, problem.lanes) != segment) continue;
+      const int64_t count = std::min(problem.tile_keys, block.keys - begin);
+      zero_rows(problem.grad_key, block.b, block.kv_head, block.key_row + begin, count, key_dim);
+      zero_rows(problem.grad_value, block.b, block.kv_head, block.key_row + begin, count, value_dim);
+    }
+  }
+  auto* const keys = static_cast<T*>(scratch.rest);
+  T* const values = keys + problem.tile_keys * key_stride;
+  T* const sums = values + problem.tile_keys * value_stride;
+  auto* const chosen =
+      reinterpret_cast<int32_t*>(sums + problem.tile_keys * std::max(key_stride, value_stride));
+  T* const inverse = scratch.row;
+  const int64_t tiles = (problem.queries + kSampleRows - 1) / kSampleRows;
+  const int64_t at = (static_cast<int64_t>(block.head) * tiles + block.first / kSampleRows) * problem.slots;
+  bool adds_query = problem.phase > 0;
+  for (int64_t slot = 0; slot < problem.slots;) {
+    int64_t count = 0;
+    for (; slot < problem.slots && count < problem.tile_keys; ++slot) {
+      const int32_t key = problem.drawn[at + slot];
+      if (key < 0) continue;
+      if (problem.lanes > 1 && lane_of(key / problem.tile_keys, problem.lanes) != segment) continue;
+      chosen[count] = key;
+      inverse[count] = problem.inverse[at + slot];
+      std::memcpy(keys + count * key_stride, problem.key.at(block.b, block.kv_head, block.key_row + key),
+                  static_cast<size_t>(key_dim) * sizeof(T));
+      if (needs_dz) {
+        std::memcpy(values + count * value_stride,
+                    problem.value.at(block.b, block.kv_head, block.key_row + key),
+                    static_cast<size_t>(value_dim) * sizeof(T));
+      }
+      ++count;
+    }
+    if (count == 0) break;
+    multiply<false, false>(count, block.padded, key_dim, keys, key_stride, scratch.query, block.padded,
+                           scratch.scores, block.padded);
+    mask_drawn(problem, block, chosen, count, scratch.scores);
+    T* const products = needs_dz ? scratch.products : nullptr;
+    if (needs_dz) {
+      multiply<false, false>(count, block.padded, value_dim, values, value_stride, scratch.grad, block.padded,
+                             products, block.padded);
+    }
+    (problem.drop_threshold > 0 ? gradient_drawn<true, T>
+                                : gradient_drawn<false, T>)(problem, block, chosen, inverse, count,
+                                                            scratch.lse, scratch.delta, scratch.scores,
+                                                            products);
+    const auto scatter = [&](const HeadView<T>& grad, const T* factors, const T* rows, int64_t row_stride,
+                             int64_t dims, int64_t stride) {
+      multiply<false, false>(count, dims, block.rows, factors, block.padded, rows, row_stride, sums, stride);
+      for (int64_t s = 0; s < count; ++s) {
+        T* const to = grad.at(block.b, block.kv_head, block.key_row + chosen[s]);
+        const T* const from = sums + s * stride;
+#pragma omp simd
+        for (int64_t d = 0; d < dims; ++d) to[d] += from[d];
+      }
+    };
+    if (problem.grad_value.data != nullptr) {
+      scatter(problem.grad_value, scratch.scores, g, problem.grad_output.row, value_dim, value_stride);
+    }
+    if (problem.grad_key.data != nullptr) {
+      scatter(problem.grad_key, products, problem.query.at(block.b, block.h, query_row), problem.query.row,
+              key_dim, key_stride);
+    }
+    if (problem.grad_query.data != nullptr) {
+      (adds_query ? multiply<true, true, T>
+                  : multiply<true, false, T>)(block.rows, key_dim, count, products, block.padded, keys,
+                                              key_stride, problem.grad_query.at(block.b, block.h, query_row),
+                                              problem.grad_query.row);
+      adds_query = true;
+    }
+  }
+  if (!adds_query) {
+    zero_rows(problem.grad_query, block.b, block.h, query_row, block.rows, key_dim);
+  }
+}
+
 }  // namespace
 
 template <typename T>
@@ -596,7 +736,9 @@ void attention_backward(const AttentionBackward<T>& problem, int64_t begin, int6
     for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
       for (int64_t first = 0; first < sequence.queries; first += problem.block_rows, ++item) {
         if (lane_of(item, problem.lanes) != lane) continue;
-        backward_block(problem, make_block(problem, b, h, first), segment, opens, scratch);
+        const Block block = make_block(problem, b, h, first);
+        (problem.keep == Keep::sample ? backward_sampled<T> : backward_block<T>)(problem, block, segment,
+                                                                                 opens, scratch);
         opens = false;
       }
     }

@@ -27,7 +27,7 @@ struct MaskView {
 };
 
 /// What backward is fed with, one of the policies that keep less than P.
-enum class Keep { nothing, probabilities, lse, curve, codes };
+enum class Keep { nothing, probabilities, lse, curve, codes, sample };
 
 /// One sequence of a packed batch: where its rows begin in the packed tensors, how many there are, and how
 /// many of the forward's tasks come before it.
@@ -50,11 +50,14 @@ struct AttentionProblem {
   bool paper_text = false;     // curve
   int64_t bits = 0;            // codes
   T* probabilities = nullptr;  // [B, H, Nq, Nk]; keep probabilities
-  T* lse = nullptr;            // [B, H, Nq]; keep lse
+  T* lse = nullptr;            // [B, H, Nq]; keep lse, sample
   uint8_t* codes = nullptr;    // [B, H, Nq, code_bytes]: packed ranks or codes
   int64_t code_bytes = 0;
   T* table = nullptr;  // [B, H, Nq, table_width]: the curve's numbers, or the codes' row maximum
   int64_t table_width = 0;
+  int32_t* drawn = nullptr;  // [B, H, tiles of kSampleRows, slots]; keep sample
+  T* inverse = nullptr;      // [B, H, tiles of kSampleRows, slots]: 1 / probability; keep sample
+  int64_t slots = 0;
   int64_t row_batch = 0, row_head = 0;  // residuals of query i of (b, h): b row_batch + h row_head + i
   // A tile of scores: rows of queries, at most block_rows, times keys; both multiples of kTileUnit.
   int64_t block_rows = 0, tile_keys = 0;
@@ -87,8 +90,8 @@ void choose_tiles(AttentionProblem<T>& problem);
 /// Tasks of the forward; fills sequences' first_task where packed.
 template <typename T>
 int64_t forward_tasks(const AttentionProblem<T>& problem, Sequence* sequences);
-/// Bytes of scratch one task runner needs. Independent of the number of keys, but for policy curve, which
-/// sorts whole rows.
+/// Bytes of scratch one task runner needs. Independent of the number of keys, but for policies curve, which
+/// sorts whole rows, and sampled, which weighs every key.
 template <typename T>
 int64_t attention_scratch_bytes(const AttentionProblem<T>& problem);
 

@@ -35,7 +35,7 @@ int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit;
 // are as wide as the keys, and lower the more there are.
 template <typename T>
 void choose_tiles(AttentionProblem<T>& problem) {
-  constexpr int64_t most_rows = 64, most_keys = 128, panel = 65536;
+  constexpr int64_t most_rows = kSampleRows, most_keys = 128, panel = 65536;
   problem.block_rows = std::min(most_rows, round_up(std::max<int64_t>(problem.queries, 1), kTileUnit));
   const int64_t keys = round_up(std::max<int64_t>(problem.keys, 1), kTileUnit);
   problem.tile_keys = std::min(most_keys, keys);
@@ -69,6 +69,13 @@ int64_t attention_scratch_bytes(const AttentionProblem<T>& problem) {
   const int64_t dims = round_up(problem.head_dim, kTileUnit) + 2 * round_up(problem.value_dim, kTileUnit);
   const int64_t numbers = problem.block_rows * (2 * problem.tile_keys + dims + 8) + problem.tile_keys;
   int64_t bytes = numbers * static_cast<int64_t>(sizeof(T)) + problem.block_rows * problem.tile_keys + 128;
+  if (problem.keep == Keep::sample) {
+    const int64_t tiles = (problem.keys + problem.tile_keys - 1) / problem.tile_keys;
+    const int64_t weights = round_up(problem.keys, kTileUnit) + 2 * tiles * problem.block_rows;
+    const int64_t drawn = problem.tile_keys * (round_up(problem.head_dim, kTileUnit) +
+                                               2 * round_up(problem.value_dim, kTileUnit));
+    bytes += std::max(weights, 2 * drawn) * static_cast<int64_t>(sizeof(T)) + problem.tile_keys * 4 + 128;
+  }
   // A sorted row, or a row of 64-bit words in each lane of a vector.
   if (problem.keep == Keep::curve)
     bytes += std::max(curve_scratch_bytes<T>(problem.keys), 64 * problem.keys) + 64;

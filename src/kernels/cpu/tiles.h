@@ -201,6 +201,15 @@ void fill_nothing(T* from, T* to) {
   for (; from < to; ++from) *from = kNothing<T>;
 }
 
+// Takes the rows whose window does not hold the key out of its scores.
+template <typename T>
+void cut_key(const AttentionProblem<T>& problem, const Block& block, int64_t key, T* row) {
+  const auto bounded = [&](int64_t r) { return r < 0 ? 0 : (r < block.padded ? r : block.padded); };
+  if (problem.right >= 0) fill_nothing(row, row + bounded(key - problem.right - block.first));
+  if (problem.left >= 0)
+    fill_nothing(row + bounded(key + problem.left - block.first + 1), row + block.padded);
+}
+
 // Masks the tile's scores, and the keys that pad it to blocks of 8 columns.
 template <typename T>
 void mask_tile(const AttentionProblem<T>& problem, const Block& block, const Tile& tile,
@@ -254,18 +263,7 @@ void mask_tile(const AttentionProblem<T>& problem, const Block& block, const Til
     }
   }
   if (tile.cut) {
-    for (int64_t j = 0; j < count; ++j) {
-      T* const row = scores + j * stride;
-      const int64_t key = tile.begin + j;
-      if (problem.right >= 0) {  // rows before key - right do not reach it
-        const int64_t from = key - problem.right - block.first;
-        fill_nothing(row, row + (from < 0 ? 0 : (from < stride ? from : stride)));
-      }
-      if (problem.left >= 0) {  // nor do rows after key + left
-        const int64_t to = key + problem.left - block.first + 1;
-        fill_nothing(row + (to < 0 ? 0 : (to < stride ? to : stride)), row + stride);
-      }
-    }
+    for (int64_t j = 0; j < count; ++j) cut_key(problem, block, tile.begin + j, scores + j * stride);
   }
   const int64_t end = (count + kDropoutColumns - 1) / kDropoutColumns * kDropoutColumns;
   fill_nothing(scores + count * stride, scores + end * stride);
