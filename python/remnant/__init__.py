@@ -10,6 +10,7 @@ its ops, which are also at torch.ops.remnant, Python signatures.
 from remnant._library import library_path, version as __version__
 from remnant._ops import (
     attention,
+    attention_packed,
     attention_residual_bytes,
     dropout,
     linear_cross_entropy,
@@ -19,6 +20,7 @@ from remnant._ops import (
 
 __all__ = [
     "attention",
+    "attention_packed",
     "attention_residual_bytes",
     "dropout",
     "library_path",

@@ -63,6 +63,47 @@ def attention(
     return op(query, key, value, mask, causal, dropout, scale, policy, window, generator)
 
 
+def attention_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    policy: str = "recompute",
+    window: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """attention of sequences of different lengths that lie one after the other, without padding.
+
+    Sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] - 1, and attends itself alone.
+
+    Args:
+        query: [Tq, H, D]; float32, float64, bfloat16 or float16.
+        key: [Tk, Hkv, D], query's dtype; Hkv divides H.
+        value: [Tk, Hkv, Dv], query's dtype.
+        cu_seqlens_q: [B + 1] int32 or int64, rising from 0 to Tq.
+        cu_seqlens_k: [B + 1], rising from 0 to Tk; the same tensor where queries and keys go together.
+        causal: query i of a sequence attends its keys j <= i.
+        dropout, scale, policy, window, generator: as in attention. Dropout draws what attention would draw
+            for the padded batch.
+
+    Returns:
+        [Tq, H, Dv] in query's dtype.
+
+    Saves for backward: what attention saves, for Tq rows, as wide as the longest sequence needs.
+
+    Raises:
+        RuntimeError: shapes, dtypes or boundaries that do not fit; a double backward.
+    """
+    return _ops.attention_packed(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, causal, dropout, scale, policy, window, generator
+    )
+
+
 def attention_residual_bytes(
     policy: str, heads: int, queries: int, keys: int, element_bytes: int, dropout: bool = False
 ) -> int:

@@ -149,6 +149,18 @@ at::Tensor draw_seed(const at::Tensor& like, const std::optional<at::Generator>&
   return at::randint(0, std::numeric_limits<int64_t>::max(), {2}, generator, like.options().dtype(at::kLong));
 }
 
+bool fused_on_cpu() {
+  // REMNANT_CPU=composite takes the device-independent path, for tests.
+  static const bool fused = [] {
+    const char* forced = std::getenv("REMNANT_CPU");
+    return forced == nullptr || std::string(forced) != "composite";
+  }();
+  return fused;
+}
+
+// Policies that the CPU's fused kernels know; the others run the composite path there too.
+bool fused_policy(const AttentionCall& call) { return true; }
+
 namespace {
 
 // Autocast chose the inputs' dtype before; products inside an op must not be cast again.
@@ -162,9 +174,6 @@ struct NoAutocast {
 bool exact_is_fused(const AttentionCall& call, at::ScalarType type) {
   return call.dropout > 0 && (type == at::kFloat || type == at::kDouble);
 }
-
-// Policies that the CPU's fused kernels know; the others run the composite path there too.
-bool fused_policy(const AttentionCall& call) { return true; }
 
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const std::optional<at::Tensor>& mask, bool causal, double dropout, double scale,
@@ -182,20 +191,11 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   if (call.policy.kind == PolicyKind::exact && !(fused && exact_is_fused(call, query.scalar_type()))) {
     output = exact_forward(query, key, value, call, seed, residuals);
   } else {
-    output = (fused && fused_policy(call) ? cpu_forward : composite_forward)(query, key, value, call, seed,
-                                                                             residuals);
+    output = fused && fused_policy(call) ? cpu_forward(query, key, value, call, seed, residuals)
+                                         : composite_forward(query, key, value, call, seed, residuals);
   }
   if (keep && dropout > 0) residuals.seed = seed;
   return {output, residuals.lse, residuals.probabilities, residuals.codes, residuals.table, residuals.seed};
-}
-
-bool fused_on_cpu() {
-  // REMNANT_CPU=composite takes the device-independent path, for tests.
-  static const bool fused = [] {
-    const char* forced = std::getenv("REMNANT_CPU");
-    return forced == nullptr || std::string(forced) != "composite";
-  }();
-  return fused;
 }
 
 ForwardResult forward_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -261,7 +261,8 @@ BackwardResult backward(const at::Tensor& grad_output, const std::optional<at::T
     grads = exact_backward(inputs, call);
   } else {
     // The mask's gradient sums dz over broadcast axes, which the composite path does.
-    grads = (fused && fused_policy(call) && !needs[3] ? cpu_backward : composite_backward)(inputs, call);
+    grads = fused && fused_policy(call) && !needs[3] ? cpu_backward(inputs, call)
+                                                     : composite_backward(inputs, call);
   }
   if (needs[3]) std::get<3>(grads) = std::get<3>(grads).view(mask->sizes()).to(mask->scalar_type());
   return grads;

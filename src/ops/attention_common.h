@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 /// What the attention op's layers share: its residuals, its checks and its two backends.
 namespace remnant::ops {
@@ -82,10 +83,22 @@ BackwardResult exact_backward_differentiable(const BackwardInputs& inputs, const
 /// Softmax weights before dropout, [B, H, Nq, Nk], in blocks.
 at::Tensor composite_weights(const at::Tensor& query, const at::Tensor& key, const AttentionCall& call);
 
-/// The CPU's fused kernels.
+/// Where packed sequences begin, and the end of the last; the longest one's length.
+struct PackedSequences {
+  std::vector<int64_t> first_query, first_key;
+  int64_t longest_query = 0, longest_key = 0;
+};
+
+/// The CPU's fused kernels. Packed: tensors are [1, H, T, D].
 at::Tensor cpu_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                       const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals);
-BackwardResult cpu_backward(const BackwardInputs& inputs, const AttentionCall& call);
+                       const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals,
+                       const PackedSequences* packed = nullptr);
+BackwardResult cpu_backward(const BackwardInputs& inputs, const AttentionCall& call,
+                            const PackedSequences* packed = nullptr);
+/// Whether CPU tensors take the fused kernels: yes, but under REMNANT_CPU=composite.
+bool fused_on_cpu();
+/// Whether the fused kernels know the policy.
+bool fused_policy(const AttentionCall& call);
 
 /// Multiplies rows [first, first + rows) of [B, H, rows, Nk] by the dropout mask of `seed`, in place.
 void apply_dropout_(at::Tensor block, const at::Tensor& seed, double dropout, int64_t first);

@@ -117,9 +117,33 @@ void run(const Problem& problem, void (*kernel)(const Problem&, int64_t, int64_t
   });
 }
 
+// Packed sequences lie one after the other in a batch of one: the problem's batch counts sequences, and
+// rows are counted from the tensors' start.
+template <typename T>
+std::vector<kernels::Sequence> set_packed(kernels::AttentionProblem<T>& problem,
+                                          const PackedSequences* packed) {
+  if (packed == nullptr) return {};
+  std::vector<kernels::Sequence> sequences(packed->first_query.size() - 1);
+  for (size_t b = 0; b < sequences.size(); ++b) {
+    kernels::Sequence& sequence = sequences[b];
+    sequence.first_query = packed->first_query[b];
+    sequence.queries = packed->first_query[b + 1] - sequence.first_query;
+    sequence.first_key = packed->first_key[b];
+    sequence.keys = packed->first_key[b + 1] - sequence.first_key;
+  }
+  problem.batch = static_cast<int64_t>(sequences.size());
+  problem.row_batch = 0;
+  problem.row_head = problem.queries;
+  problem.queries = packed->longest_query;
+  problem.keys = packed->longest_key;
+  for (auto* view : {&problem.query, &problem.key, &problem.value}) view->batch = 0;
+  return sequences;
+}
+
 template <typename T>
 at::Tensor forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                   const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals) {
+                   const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals,
+                   const PackedSequences* packed) {
   constexpr auto type = at::CppTypeToScalarType<T>::value;
   const at::Tensor q = readable(query, type);
   const at::Tensor k = readable(key, type);
@@ -140,6 +164,11 @@ at::Tensor forward(const at::Tensor& query, const at::Tensor& key, const at::Ten
   at::Tensor mask;
   set_call(problem, call, seed, mask);
   if (keeps(residuals)) set_residuals(problem, call, residuals);
+  std::vector<kernels::Sequence> sequences = set_packed(problem, packed);
+  if (packed != nullptr) {
+    problem.sequences = sequences.data();
+    problem.output.batch = 0;
+  }
   kernels::choose_tiles<T>(problem);
   if (output.numel() == 0 || problem.keys == 0) {
     if (residuals.codes.scalar_type() == at::kInt) residuals.codes.fill_(-1);
@@ -147,7 +176,7 @@ at::Tensor forward(const at::Tensor& query, const at::Tensor& key, const at::Ten
     residuals.lse.fill_(-std::numeric_limits<double>::infinity());
     output.zero_();
   } else {
-    const int64_t tasks = kernels::forward_tasks<T>(problem, nullptr);
+    const int64_t tasks = kernels::forward_tasks<T>(problem, packed != nullptr ? sequences.data() : nullptr);
     if constexpr (std::is_same_v<T, float>) {
       run<T>(problem, kernels::cpu_kernels().forward_float, tasks);
     } else {
@@ -167,7 +196,8 @@ int64_t backward_lanes(int64_t heads, int64_t tiles) {
 }
 
 template <typename T>
-BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call) {
+BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call,
+                        const PackedSequences* packed) {
   constexpr auto type = at::CppTypeToScalarType<T>::value;
   const at::Tensor g = readable(inputs.grad_output, type);
   const at::Tensor q = readable(inputs.query, type);
@@ -190,7 +220,6 @@ BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call)
   at::Tensor mask;
   set_call(problem, call, inputs.kept.seed, mask);
   set_residuals(problem, call, inputs.kept);
-  kernels::choose_tiles<T>(problem);
   at::Tensor grad_query, grad_key, grad_value;
   const auto options = g.options();
   // The kernel writes every row, also of gradients that are 0.
@@ -206,6 +235,13 @@ BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call)
     grad_value = empty_heads(problem.batch, problem.kv_heads, problem.keys, problem.value_dim, options);
     problem.grad_value = mutable_view<T>(grad_value);
   }
+  const std::vector<kernels::Sequence> sequences = set_packed(problem, packed);
+  if (packed != nullptr) {
+    problem.sequences = sequences.data();
+    problem.grad_output.batch = problem.output.batch = 0;
+    for (auto* view : {&problem.grad_query, &problem.grad_key, &problem.grad_value}) view->batch = 0;
+  }
+  kernels::choose_tiles<T>(problem);
   if (g.numel() > 0 && problem.keys > 0) {
     problem.lanes = backward_lanes(problem.batch * problem.kv_heads,
                                    (problem.keys + problem.tile_keys - 1) / problem.tile_keys);
@@ -232,14 +268,16 @@ BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call)
 }  // namespace
 
 at::Tensor cpu_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                       const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals) {
-  if (query.scalar_type() == at::kDouble) return forward<double>(query, key, value, call, seed, residuals);
-  return forward<float>(query, key, value, call, seed, residuals);
+                       const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals,
+                       const PackedSequences* packed) {
+  return (query.scalar_type() == at::kDouble ? forward<double> : forward<float>)(query, key, value, call,
+                                                                                 seed, residuals, packed);
 }
 
-BackwardResult cpu_backward(const BackwardInputs& inputs, const AttentionCall& call) {
-  if (inputs.grad_output.scalar_type() == at::kDouble) return backward<double>(inputs, call);
-  return backward<float>(inputs, call);
+BackwardResult cpu_backward(const BackwardInputs& inputs, const AttentionCall& call,
+                            const PackedSequences* packed) {
+  return (inputs.grad_output.scalar_type() == at::kDouble ? backward<double> : backward<float>)(inputs, call,
+                                                                                                packed);
 }
 
 }  // namespace remnant::ops

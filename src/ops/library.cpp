@@ -33,6 +33,23 @@ TORCH_LIBRARY(remnant, m) {
       "Tensor",
       plain);
   m.def(
+      "attention_packed(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "bool causal=False, float dropout=0.0, float? scale=None, str policy='recompute', int[]? window=None, "
+      "Generator? generator=None) -> Tensor",
+      random);
+  m.def(
+      "attention_packed_forward(Tensor query, Tensor key, Tensor value, int[] cu_seqlens_q, int[] "
+      "cu_seqlens_k, bool causal, float dropout, float scale, str policy, int[] window, bool keep, "
+      "Generator? generator=None) -> (Tensor output, Tensor lse, Tensor probabilities, Tensor codes, "
+      "Tensor table, Tensor seed)",
+      random);
+  m.def(
+      "attention_packed_backward(Tensor grad_output, Tensor? query, Tensor? key, Tensor? value, Tensor? "
+      "output, int[] cu_seqlens_q, int[] cu_seqlens_k, Tensor lse, Tensor probabilities, Tensor codes, "
+      "Tensor table, Tensor seed, int kv_heads, bool causal, float dropout, float scale, str policy, "
+      "int[] window, bool[3] needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+      plain);
+  m.def(
       "attention_residual_bytes(str policy, int heads, int queries, int keys, int element_bytes, bool "
       "dropout) -> int",
       plain);

@@ -55,6 +55,20 @@ REMNANT_API std::tuple<at::Tensor, at::Tensor> attention_with_weights(const at::
                                                                       const at::Tensor& value,
                                                                       const AttentionOptions& options = {});
 
+/// `attention` of sequences of different lengths that lie one after the other, without padding between
+/// them: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] - 1, and attends itself alone.
+///
+/// query [Tq, H, D], key [Tk, Hkv, D], value [Tk, Hkv, Dv]; cu_seqlens_q and cu_seqlens_k [B + 1], int32 or
+/// int64, rising from 0 to Tq and Tk (equal sequences of queries and keys: the same tensor twice). causal and
+/// window count from each sequence's start; a mask is refused. Returns [Tq, H, Dv]. Dropout draws what
+/// `attention` would draw for the padded batch.
+/// Saves what `attention` saves, for Tq rows; table and codes are as wide as the longest sequence needs. On
+/// other devices than the CPU, and for policies that the CPU's kernels do not know, sequences are padded.
+/// Double backward: none, an error says so. Throws c10::Error.
+REMNANT_API at::Tensor attention_packed(const at::Tensor& query, const at::Tensor& key,
+                                        const at::Tensor& value, const at::Tensor& cu_seqlens_q,
+                                        const at::Tensor& cu_seqlens_k, const AttentionOptions& options = {});
+
 /// Bytes that `attention` keeps for backward beyond query, key, value, output and mask: the closed
 /// form that the tests hold against measurement. heads = B * H, queries = Nq, keys = Nk;
 /// element_bytes: size of one element of the input dtype. Dropout adds 16 bytes of seed.
