@@ -31,10 +31,13 @@ def machine():
     }
 
 
-def arguments(description):
+def arguments(description, repeats=7, **flags):
+    """The options of every benchmark; `flags` are more, {name: help}, each off unless given."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--repeats", type=int, default=7, help="timed repetitions of each row, alternating")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed repetitions of each row, alternating")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parsed = parser.parse_args()
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
