@@ -12,7 +12,7 @@ namespace remnant {
 namespace {
 
 constexpr const char* kForms =
-    "exact, recompute, curve:m=4, curve:m=4,paper_text, quantized:bits=4, sampled:m=128";
+    "exact, recompute, curve:m=4, curve:m=4,paper_text, quantized:bits=4, sampled:m=128, top:m=32";
 
 int64_t edit_distance(std::string_view a, std::string_view b) {
   std::vector<int64_t> row(b.size() + 1);
@@ -81,13 +81,15 @@ Policy Policy::quantized(int64_t bits) {
 
 Policy Policy::sampled(int64_t m) { return with_m(PolicyKind::sampled, "sampled", m); }
 
+Policy Policy::top(int64_t m) { return with_m(PolicyKind::top, "top", m); }
+
 Policy Policy::parse(std::string_view text) {
   const auto colon = text.find(':');
   const std::string name(text.substr(0, colon));
-  const std::vector<std::string> names{"exact", "recompute", "curve", "quantized", "sampled"};
+  const std::vector<std::string> names{"exact", "recompute", "curve", "quantized", "sampled", "top"};
   TORCH_CHECK(std::find(names.begin(), names.end(), name) != names.end(), "unknown attention policy '", text,
               "'", suggestion(name, names), "; policies are written ", kForms);
-  int64_t m = name == "sampled" ? sampled().m : Policy{}.m;
+  int64_t m = name == "sampled" ? sampled().m : name == "top" ? top().m : Policy{}.m;
   int64_t bits = Policy{}.bits;
   bool paper_text = false;
   std::vector<std::string> allowed;
@@ -95,7 +97,7 @@ Policy Policy::parse(std::string_view text) {
     allowed = {"m", "paper_text"};
   } else if (name == "quantized") {
     allowed = {"bits"};
-  } else if (name == "sampled") {
+  } else if (name == "sampled" || name == "top") {
     allowed = {"m"};
   }
   std::string_view rest = colon == std::string_view::npos ? std::string_view{} : text.substr(colon + 1);
@@ -124,6 +126,7 @@ Policy Policy::parse(std::string_view text) {
   if (name == "recompute") return recompute();
   if (name == "curve") return curve(m, paper_text);
   if (name == "sampled") return sampled(m);
+  if (name == "top") return top(m);
   return quantized(bits);
 }
 
@@ -139,6 +142,8 @@ std::string Policy::str() const {
       return "quantized:bits=" + std::to_string(bits);
     case PolicyKind::sampled:
       return "sampled:m=" + std::to_string(m);
+    case PolicyKind::top:
+      return "top:m=" + std::to_string(m);
   }
   return "";
 }

@@ -16,14 +16,15 @@ enum class PolicyKind {
   curve,      ///< the paper's curve: m highest, m lowest, a decay and every rank. Gradient biased.
   quantized,  ///< P in 2, 4 or 8 bits by stochastic rounding. Gradient unbiased.
   sampled,    ///< m keys for every 64 rows, drawn by their share of P and re-weighted. Gradient unbiased.
+  top,        ///< the m highest keys of a row; the others share the rest evenly. Gradient biased.
 };
 
 /// A policy and its parameters; written `exact`, `recompute`, `curve:m=4`, `curve:m=4,paper_text`,
-/// `quantized:bits=4`, `sampled:m=128` (programs' `--attention`, Python's `policy=`).
+/// `quantized:bits=4`, `sampled:m=128`, `top:m=32` (programs' `--attention`, Python's `policy=`).
 struct REMNANT_API Policy {
   PolicyKind kind = PolicyKind::recompute;
   /// `curve`: how many of the highest and of the lowest elements of a row are kept. `sampled`: how many
-  /// keys are drawn for 64 consecutive rows. >= 1.
+  /// keys are drawn for 64 consecutive rows. `top`: how many keys of a row are kept. >= 1.
   int64_t m = 5;
   /// `curve` only: follow the paper's text, without rescaling the middle so that a row sums to 1,
   /// and with the curve's own end point instead of the kept lowest value l_m.
@@ -39,6 +40,8 @@ struct REMNANT_API Policy {
   static Policy quantized(int64_t bits);
   /// Throws c10::Error unless m >= 1.
   static Policy sampled(int64_t m = 128);
+  /// Throws c10::Error unless m >= 1.
+  static Policy top(int64_t m = 32);
 
   /// Reads the written form. Throws c10::Error with one sentence that names the nearest policy or
   /// parameter when `text` does not parse.

@@ -44,6 +44,8 @@ def attention(
             "quantized:bits=4": 2, 4 or 8 bits an element, rounded stochastically; the gradient is unbiased.
             "sampled:m=128": m keys for every 64 rows, drawn by their share of the softmax and re-weighted;
                 the gradient is unbiased, and the backward works on the drawn keys alone.
+            "top:m=32": the m highest keys of a row, the rest spread evenly over its other keys; biased, and
+                unsafe once attention is peaked. Only causal and boolean key-padding masks.
         window: (left, right): query i attends keys i - left <= j <= i + right; -1: no bound on that side.
         generator: source of the seeds of dropout, rounding and key draws; the device's default generator when None.
         need_weights: also return the weights before dropout, detached.

@@ -112,12 +112,13 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     }();
     const PolicyKind kind = Policy::parse(policy).kind;
     const bool scores = needs[0] || needs[1] || needs[3];
-    const bool rebuilds = kind == PolicyKind::recompute || kind == PolicyKind::sampled;
+    const bool rebuilds =
+        kind == PolicyKind::recompute || kind == PolicyKind::sampled || kind == PolicyKind::top;
     const bool exact = kind == PolicyKind::exact;
     // Biased P takes delta from itself, so that rows of dz sum to 0; exact without dropout sums over P as
     // torch does.
-    const bool delta_from_output =
-        scores && (rebuilds || kind == PolicyKind::quantized || (exact && dropout > 0));
+    const bool biased = kind == PolicyKind::curve || kind == PolicyKind::top;
+    const bool delta_from_output = scores && !biased && (!exact || dropout > 0);
     // Exact's second derivative differentiates P through query and key, whatever is wanted now.
     const bool keep_query = needs[1] || rebuilds || (exact && scores);
     const bool keep_key = needs[0] || rebuilds || (exact && scores);

@@ -190,9 +190,10 @@ void describe(const Tensor& output, const Tensor& query, const Tensor& key, cons
   const bool dropout = options.dropout > 0;
   const PolicyKind kind = options.policy.kind;
   const int64_t eager = total() + heads * queries * keys * element * (dropout ? 3 : 1);
-  const bool rebuilds = kind == PolicyKind::recompute || kind == PolicyKind::sampled;
-  if (options.mask.has_value() && (kind == PolicyKind::exact || rebuilds)) add(*options.mask);
-  if (rebuilds || kind == PolicyKind::quantized || (kind == PolicyKind::exact && dropout)) add(output);
+  const bool codes = kind == PolicyKind::curve || kind == PolicyKind::quantized;
+  const bool biased = kind == PolicyKind::curve || kind == PolicyKind::top;
+  if (options.mask.has_value() && !codes) add(*options.mask);
+  if (!biased && (kind != PolicyKind::exact || dropout)) add(output);
   memory::describe(output, options.policy.str(),
                    total() + attention_residual_bytes(options.policy, heads, queries, keys, element, dropout),
                    eager);

@@ -140,6 +140,11 @@ AttentionResiduals empty_residuals(const at::Tensor& query, const at::Tensor& ke
       residuals.table = at::empty_symint({batch, heads, tiles, slots}, wide);
       break;
     }
+    case PolicyKind::top:
+      residuals.lse = at::empty_symint({batch, heads, rows}, wide);
+      residuals.codes =
+          at::empty_symint({batch, heads, rows, keys.min(call.policy.m)}, options.dtype(at::kInt));
+      break;
   }
   if (call.dropout > 0) residuals.seed = at::empty({2}, options.dtype(at::kLong));
   return residuals;
@@ -159,7 +164,7 @@ bool fused_on_cpu() {
 }
 
 // Policies that the CPU's fused kernels know; the others run the composite path there too.
-bool fused_policy(const AttentionCall& call) { return true; }
+bool fused_policy(const AttentionCall& call) { return call.policy.kind != PolicyKind::top; }
 
 namespace {
 
@@ -175,6 +180,23 @@ bool exact_is_fused(const AttentionCall& call, at::ScalarType type) {
   return call.dropout > 0 && (type == at::kFloat || type == at::kDouble);
 }
 
+// Top spreads what it does not keep over the other keys by sums over all of them, or over a prefix.
+void check_policy(const AttentionCall& call) {
+  if (call.policy.kind != PolicyKind::top) return;
+  const char* way_out = "; use policy 'sampled' or 'recompute' with it";
+  TORCH_CHECK(call.left < 0, "attention: policy 'top' takes no window with a bound on the left, got ",
+              call.left, way_out);
+  if (!call.mask.has_value()) return;
+  TORCH_CHECK(call.mask->scalar_type() == at::kBool,
+              "attention: policy 'top' takes causal and boolean key-padding masks [B, 1, 1, Nk] only, got an "
+              "additive mask",
+              way_out);
+  TORCH_CHECK(call.mask->sym_size(2) == 1,
+              "attention: policy 'top' takes causal and boolean key-padding masks [B, 1, 1, Nk] only, got a "
+              "mask of shape ",
+              call.mask->sym_sizes(), way_out);
+}
+
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const std::optional<at::Tensor>& mask, bool causal, double dropout, double scale,
                       c10::string_view policy, at::IntArrayRef window, bool keep,
@@ -182,6 +204,12 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   const NoAutocast no_autocast;
   check_attention(query, key, value, mask, dropout, window);
   const AttentionCall call = make_call(mask, causal, dropout, scale, std::string(policy), window);
+  check_policy(call);
+  if (keep && call.policy.kind == PolicyKind::top) {
+    TORCH_WARN_ONCE("attention: policy '", call.policy.str(),
+                    "' gives biased gradients and is unsafe once attention is peaked (docs/numerics.md); use "
+                    "'sampled' for unbiased ones");
+  }
   AttentionResiduals residuals = empty_residuals(query, key, call, keep);
   const bool draws =
       keep && (call.policy.kind == PolicyKind::quantized || call.policy.kind == PolicyKind::sampled);
@@ -219,6 +247,7 @@ ForwardResult forward_meta(const at::Tensor& query, const at::Tensor& key, const
                            const std::optional<at::Generator>& generator) {
   check_attention(query, key, value, mask, dropout, window);
   const AttentionCall call = make_call(mask, causal, dropout, scale, std::string(policy), window);
+  check_policy(call);
   AttentionResiduals residuals = empty_residuals(query, key, call, keep);
   const at::Tensor output = empty_heads(query.sym_size(0), query.sym_size(1), query.sym_size(2),
                                         value.sym_size(3), query.options());
@@ -448,6 +477,8 @@ int64_t attention_residual_bytes(const Policy& policy, int64_t heads, int64_t qu
       const int64_t tiles = (queries + kernels::kSampleRows - 1) / kernels::kSampleRows;
       return rows * wide + heads * tiles * std::min(policy.m, keys) * (4 + wide) + seed;
     }
+    case PolicyKind::top:
+      return rows * (wide + 4 * std::min(policy.m, keys)) + seed;
   }
   return 0;
 }

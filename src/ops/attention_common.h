@@ -18,11 +18,12 @@ namespace remnant::ops {
 
 /// What the forward hands to the backward. Tensors that the policy does not use have shape [0].
 struct AttentionResiduals {
-  at::Tensor lse;            ///< recompute, sampled: [B, H, Nq], accumulation dtype
+  at::Tensor lse;            ///< recompute, sampled, top: [B, H, Nq], accumulation dtype
   at::Tensor probabilities;  ///< exact: [B, H, Nq, Nk], input dtype, before dropout
   at::Tensor codes;          ///< curve: packed ranks; quantized: packed codes. uint8 [B, H, Nq, bytes]
                              ///< sampled: the drawn keys of a tile of kernels::kSampleRows rows, ascending,
                              ///< then -1. int32 [B, H, tiles, min(m, Nk)]
+                             ///< top: a row's highest keys, then -1. int32 [B, H, Nq, min(m, Nk)]
   at::Tensor table;          ///< curve: [B, H, Nq, min(2m, Nk) + 2]; quantized: row maxima [B, H, Nq, 1]
                              ///< sampled: like codes, 1 / probability of the draw, 0 beside -1
   at::Tensor seed;           ///< int64 [2], when dropout needs it again
@@ -74,6 +75,8 @@ at::Tensor composite_forward(const at::Tensor& query, const at::Tensor& key, con
 BackwardResult composite_backward(const BackwardInputs& inputs, const AttentionCall& call);
 /// The same over drawn keys alone: O(Nq m) in time and, in blocks, memory.
 BackwardResult sampled_backward(const BackwardInputs& inputs, const AttentionCall& call);
+/// The same over the kept keys, and over the others in closed form: O(Nq (m + D) D).
+BackwardResult top_backward(const BackwardInputs& inputs, const AttentionCall& call);
 /// Policy exact keeps its n x n softmax output, so its forward and backward are plain ATen on every device.
 at::Tensor exact_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                          const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals);
@@ -124,6 +127,8 @@ at::Tensor curve_decode(const at::Tensor& codes, const at::Tensor& table, int64_
 /// that they add up to min(m, keys with w > 0); the draw is systematic.
 std::tuple<at::Tensor, at::Tensor> draw_keys(const at::Tensor& p, int64_t m, const at::Tensor& seed,
                                              int64_t first_tile);
+/// The keys of the m highest scores of each row, int32, -1 where a row has fewer.
+at::Tensor top_keys(const at::Tensor& scores, const at::Tensor& p, int64_t m);
 /// lse for policies that look at a few keys of a row only: NaN where any key would give NaN, so that each
 /// does.
 at::Tensor lse_of_few(const at::Tensor& lse);

@@ -34,11 +34,6 @@ int64_t rows_of_tiles(int64_t heads, int64_t queries, int64_t keys) {
   return (rows_of_block(heads, queries, keys) + tile - 1) / tile * tile;
 }
 
-at::Tensor sum_heads(const at::Tensor& grad, int64_t kv_heads) {
-  if (grad.size(1) == kv_heads) return grad;
-  return grad.unflatten(1, {kv_heads, grad.size(1) / kv_heads}).sum(2);
-}
-
 // True where the window forbids a key, [rows, keys]; undefined without a window.
 at::Tensor outside_window(const AttentionCall& call, int64_t first, int64_t rows, int64_t keys,
                           const at::Device& device) {
@@ -153,6 +148,12 @@ at::Tensor composite_forward(const at::Tensor& query, const at::Tensor& key, con
           residuals.table.narrow(2, tile, table.size(2)).copy_(table);
         }
         break;
+      case PolicyKind::top:
+        if (residuals.codes.dim() > 1) {
+          keep_rows(residuals.lse, lse_of_few(lse));
+          keep_rows(residuals.codes, top_keys(scores, p, call.policy.m));
+        }
+        break;
     }
     if (call.dropout > 0) apply_dropout_(p, seed, call.dropout, first);
     output.narrow(2, first, rows).copy_(at::matmul(p, v));
@@ -162,6 +163,7 @@ at::Tensor composite_forward(const at::Tensor& query, const at::Tensor& key, con
 
 BackwardResult composite_backward(const BackwardInputs& inputs, const AttentionCall& call) {
   if (call.policy.kind == PolicyKind::sampled) return sampled_backward(inputs, call);
+  if (call.policy.kind == PolicyKind::top) return top_backward(inputs, call);
   const auto type = accumulation_type(inputs.grad_output.scalar_type());
   const auto out_type = inputs.grad_output.scalar_type();
   const AttentionCall wide_call = widen_mask(call, type);

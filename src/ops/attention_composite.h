@@ -20,6 +20,11 @@ inline at::Tensor repeat_heads(const at::Tensor& x, int64_t heads) {
       .reshape({x.size(0), heads, x.size(2), x.size(3)});
 }
 
+inline at::Tensor sum_heads(const at::Tensor& grad, int64_t kv_heads) {
+  if (grad.size(1) == kv_heads) return grad;
+  return grad.unflatten(1, {kv_heads, grad.size(1) / kv_heads}).sum(2);
+}
+
 inline at::Tensor mask_rows(const at::Tensor& mask, int64_t first, int64_t rows) {
   return mask.size(2) == 1 ? mask : mask.narrow(2, first, rows);
 }

@@ -86,6 +86,8 @@ void set_residuals(kernels::AttentionProblem<T>& problem, const AttentionCall& c
     case PolicyKind::quantized:
       problem.keep = kernels::Keep::codes;
       break;
+    case PolicyKind::top:  // runs the composite path
+      return;
   }
   problem.codes = const_cast<uint8_t*>(residuals.codes.const_data_ptr<uint8_t>());
   problem.code_bytes = residuals.codes.size(3);

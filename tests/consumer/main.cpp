@@ -19,7 +19,7 @@ int main() {
       at::matmul(at::softmax(at::matmul(query, key.transpose(-2, -1)) / std::sqrt(8.0), -1), value);
   const int64_t kept_by_eager = remnant::memory::kept_bytes({expected});
 
-  for (const char* name : {"exact", "recompute", "curve:m=2", "quantized:bits=4", "sampled:m=4"}) {
+  for (const char* name : {"exact", "recompute", "curve:m=2", "quantized:bits=4", "sampled:m=4", "top:m=4"}) {
     const at::Tensor output = remnant::attention(query, key, value, {.policy = remnant::Policy::parse(name)});
     if (!at::allclose(output, expected)) {
       std::cerr << "consumer: the output under policy " << name << " differs from the definition\n";

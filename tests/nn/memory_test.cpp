@@ -14,7 +14,8 @@ namespace remnant {
 namespace {
 
 TEST(LayerMemory, PredictedEqualsMeasured) {
-  for (const char* policy : {"exact", "recompute", "curve:m=3", "quantized:bits=4", "sampled:m=5"}) {
+  for (const char* policy :
+       {"exact", "recompute", "curve:m=3", "quantized:bits=4", "sampled:m=5", "top:m=5"}) {
     for (double dropout : {0.0, 0.1}) {
       for (bool padded : {false, true}) {
         nn::TransformerDecoderLayer layer(

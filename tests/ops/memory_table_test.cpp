@@ -37,9 +37,9 @@ int64_t measured(const Shape& s, const Policy& policy, double dropout, at::Scala
 TEST(MemoryTable, AttentionKeepsWhatTheClosedFormSays) {
   for (const Shape& s : kShapes) {
     for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
-      for (const char* text :
-           {"exact", "recompute", "curve:m=1", "curve:m=4", "curve:m=4,paper_text", "curve:m=200",
-            "quantized:bits=2", "quantized:bits=4", "quantized:bits=8", "sampled:m=8", "sampled:m=1000"}) {
+      for (const char* text : {"exact", "recompute", "curve:m=1", "curve:m=4", "curve:m=4,paper_text",
+                               "curve:m=200", "quantized:bits=2", "quantized:bits=4", "quantized:bits=8",
+                               "sampled:m=8", "sampled:m=1000", "top:m=8", "top:m=1000"}) {
         for (double dropout : {0.0, 0.1}) {
           const Policy policy = Policy::parse(text);
           EXPECT_EQ(measured(s, policy, dropout, type),
@@ -64,6 +64,7 @@ TEST(MemoryTable, TheClosedFormInNumbers) {
             4096 * 4 + 128 * 128 * 8);
   // The last tile is shorter and keeps as much.
   EXPECT_EQ(attention_residual_bytes(Policy::sampled(8), 3, 33, 40, 8, true), 3 * (33 * 8 + 2 * 8 * 12) + 16);
+  EXPECT_EQ(attention_residual_bytes(Policy::top(32), 3, 33, 40, 4, true), 3 * 33 * (4 + 4 * 32) + 16);
   // The bound: n = 1000, m = 10 keeps at most 17 % of softmax input and output.
   EXPECT_LE(attention_residual_bytes(Policy::curve(10), 1, 1, 1000, 4, false), 0.17 * 2 * 4 * 1000);
 }

@@ -212,6 +212,17 @@ def reweighted(p: Tensor, codes: Tensor, table: Tensor) -> Tensor:
     return p * factors[..., :-1].repeat_interleave(SAMPLE_ROWS, 2)[:, :, : p.size(2)]
 
 
+def top(z: Tensor, m: int) -> Tensor:
+    """The softmax with all but its m highest elements of a row at the mean of the others that are not masked."""
+    result = softmax(z)
+    for row, values in zip(z.reshape(-1, z.size(-1)), result.view(-1, z.size(-1)), strict=True):
+        order = [j for j in row.argsort(descending=True).tolist() if row[j] != NOTHING]
+        rest = order[m:]
+        if rest:
+            values[rest] = max(1 - values[order[:m]].sum().item(), 0.0) / len(rest)
+    return result
+
+
 def rank_bits(keys: int) -> int:
     return math.ceil(math.log2(keys)) if keys > 1 else 0
 
@@ -222,6 +233,8 @@ def residual_bytes(policy: str, heads: int, queries: int, keys: int, element_byt
         wide = max(element_bytes, 4)
         slots = min(int(policy.split("=")[1]), keys)
         return heads * (queries * wide + -(-queries // SAMPLE_ROWS) * slots * (4 + wide))
+    if policy.startswith("top"):
+        return heads * queries * (max(element_bytes, 4) + 4 * min(int(policy.split("=")[1]), keys))
     return heads * queries * row_bytes(policy, keys, element_bytes)
 
 

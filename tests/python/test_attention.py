@@ -19,6 +19,7 @@ import remnant
 
 STORED_EXACTLY = ["exact", "recompute"]  # their gradients are exact
 POLICIES = ["exact", "recompute", "curve:m=3", "curve:m=3,paper_text", "quantized:bits=4", "sampled:m=4"]
+ALL = [*POLICIES, "top:m=4"]  # top takes few masks: test_top.py
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HERE = Path(__file__).resolve().parent
 
@@ -49,10 +50,10 @@ def relative(got, want):
 
 def estimate(policy, z):
     """The softmax that a deterministic policy's backward works with."""
-    if not policy.startswith("curve"):
+    if not policy.startswith(("curve", "top")):
         return reference.softmax(z)
     m = int(re.search(r"m=(\d+)", policy).group(1))
-    return reference.curve(z, m, "paper_text" in policy)
+    return reference.top(z, m) if policy.startswith("top") else reference.curve(z, m, "paper_text" in policy)
 
 
 def drawn_softmax(policy, p, q, k, v, generator, mask=None, causal=False, window=None, scale=None, dropout=0.0):
@@ -121,7 +122,7 @@ def test_reference_gradients_are_those_of_autograd():
 # --- forward and gradients -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 @pytest.mark.parametrize("causal", [False, True])
 def test_matches_reference(policy, causal):
     check_against_reference(policy, *inputs(queries=23, keys=23), causal=causal)
@@ -152,14 +153,14 @@ def test_window(policy, window, causal):
     check_against_reference(policy, *inputs(queries=19, keys=13), window=window, causal=causal)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 @pytest.mark.parametrize("queries, keys", [(1, 1), (1, 97), (97, 1), (97, 97), (40, 257), (257, 31)])
 def test_lengths(policy, queries, keys):
     q, k, v = inputs(1, 2, 1, queries, keys)
     check_against_reference(policy, q, k, v, causal=queries == keys)
 
 
-@pytest.mark.parametrize("policy", ["recompute", "curve:m=10", "quantized:bits=8", "exact"])
+@pytest.mark.parametrize("policy", ["recompute", "curve:m=10", "quantized:bits=8", "exact", "sampled:m=50", "top:m=50"])
 def test_a_thousand_keys(policy):
     check_against_reference(policy, *inputs(1, 1, 1, 24, 1000, 8, 8))
 
@@ -172,7 +173,7 @@ def test_grouped_heads(policy, heads, kv_heads):
     check_against_reference(policy, q, k, v, mask=leaf(heads, 7, 9), causal=True)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 def test_scale(policy):
     for scale in (1.0, 0.03, -0.7, 0.0):
         check_against_reference(policy, *inputs(), scale=scale)
@@ -203,7 +204,7 @@ def test_window_past_the_last_key_leaves_rows_empty(policy):
     assert (o[:, :, 4:] == 0).all() and (grads[id(q)][:, :, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 @pytest.mark.parametrize("zero", ["batch", "heads", "queries", "keys", "dim", "value_dim"])
 def test_sizes_of_zero(policy, zero):
     sizes = dict(batch=2, heads=2, queries=4, keys=9, dim=3, value_dim=5)
@@ -266,7 +267,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(policy, layout):
     q, k, v = (strided(x.detach(), layout) for x in inputs())
@@ -364,7 +365,7 @@ def test_curve_in_low_precision(policy, dtype, keys):
         assert relative(x, y) < allowance, name
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 def test_large_logits_neither_overflow_nor_vanish(policy):
     q, k, v = inputs(queries=11, keys=40)
     check_against_reference(policy, (q.detach() * 60).requires_grad_(), k, v, tolerance=1e-7)
@@ -529,7 +530,7 @@ def dropout_factors(batch, heads, queries, keys, dropout, seed, policy="recomput
     return torch.where(p > 0, weighted / p.clamp_min(1e-300), torch.zeros_like(p))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 def test_dropout_mask_is_the_same_whatever_the_policy_threads_or_mask(policy):
     shape = (2, 3, 37, 53)
     want = dropout_factors(*shape, 0.3, seed=5)
@@ -578,7 +579,7 @@ def test_dropout_mask_is_the_same_for_every_dtype(dtype):
         assert torch.equal(o != 0, want != 0), policy
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 def test_seeds(policy):
     q, k, v = inputs(queries=20, keys=20)
 
@@ -606,7 +607,7 @@ def test_seeds(policy):
 def test_no_random_number_is_drawn_that_is_not_needed():
     q, k, v = inputs()
     state = torch.get_rng_state()
-    for policy in ("exact", "recompute", "curve:m=3"):
+    for policy in ("exact", "recompute", "curve:m=3", "top:m=3"):
         remnant.attention(q, k, v, policy=policy).sum().backward()
     with torch.no_grad():
         remnant.attention(q, k, v, policy="quantized:bits=4")
@@ -614,7 +615,7 @@ def test_no_random_number_is_drawn_that_is_not_needed():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 def test_checkpoint_sees_the_same_dropout(policy):
     q, k, v = inputs(queries=20, keys=20)
 
@@ -738,7 +739,7 @@ def test_every_path_computes_the_same(variants, results_here, name):
 
 KEEPING = ["exact", "recompute", "curve:m=1", "curve:m=5", "curve:m=60", "curve:m=5,paper_text",
            "quantized:bits=2", "quantized:bits=4", "quantized:bits=8", "sampled:m=1", "sampled:m=20",
-           "sampled:m=1000"]  # fmt: skip
+           "sampled:m=1000", "top:m=1", "top:m=20", "top:m=1000"]  # fmt: skip
 
 
 @pytest.mark.parametrize("policy", KEEPING)
@@ -759,7 +760,7 @@ def test_kept_bytes_are_the_closed_form(policy, dropout, dtype):
         assert got == residual + whole + o, (queries, keys)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_kept_bytes_without_rows(policy, dropout):
     q, k, v = inputs(2, 3, 3, 0, 5)
@@ -772,7 +773,7 @@ def saved_storages(run):
     return {x.untyped_storage().data_ptr() for x in reference.saved_bytes(run)[1] if x.numel() > 0}
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 def test_frozen_inputs_keep_less(policy):
     q, k, v = inputs(2, 3, 3, 17, 50)
 
@@ -789,16 +790,16 @@ def test_frozen_inputs_keep_less(policy):
         found = saved_storages(run)
         return [x.untyped_storage().data_ptr() in found for x in (q, k, v, o)]
 
-    rebuilds = policy.startswith(("recompute", "sampled"))
+    rebuilds = policy.startswith(("recompute", "sampled", "top"))
     exact = policy == "exact"
-    from_output = rebuilds or policy.startswith("quantized")
+    from_output = policy.startswith(("recompute", "quantized", "sampled"))
     assert keeps((False, False, True)) == [rebuilds, rebuilds, False, False]
     assert keeps((True, False, False)) == [rebuilds or exact, True, True, from_output]
     assert keeps((False, True, False)) == [True, rebuilds or exact, True, from_output]
     assert keeps((True, True, True)) == [True, True, True, from_output]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 def test_nothing_is_kept_without_a_gradient(policy):
     q, k, v = inputs()
     with torch.no_grad():
@@ -876,7 +877,7 @@ def test_nan_and_inf_reach_output_and_gradients(policy, dtype, where, bad):
                 assert not rows[3], f"{name} hides it in row 3"
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 def test_a_row_of_infinite_logits_is_not_taken_for_masked(policy):
     # Nothing is masked: the logits are -Inf because of the query, and 0 would hide that.
     q = torch.full((1, 1, 3, 1), math.inf, requires_grad=True)
@@ -901,7 +902,7 @@ def test_second_backward_with_retained_graph(policy):
         torch.autograd.grad(o, [q, k, v, mask], grad)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL)
 def test_changing_a_saved_input_in_place_is_an_error(policy):
     q, k, v = inputs()
     scaled = v * 1
@@ -958,7 +959,7 @@ def test_exact_twice_with_frozen_inputs(needs):
     assert torch.autograd.gradgradcheck(seeded("exact", dropout=0.3), tensors)
 
 
-@pytest.mark.parametrize("policy", [x for x in POLICIES if x != "exact"])
+@pytest.mark.parametrize("policy", [x for x in ALL if x != "exact"])
 def test_double_backward_of_other_policies_names_the_way_out(policy):
     q, k, v = inputs()
     o = remnant.attention(q, k, v, policy=policy)
@@ -971,7 +972,7 @@ def test_double_backward_of_other_policies_names_the_way_out(policy):
     assert policy in str(error.value)
 
 
-@pytest.mark.parametrize("policy", [x for x in POLICIES if x != "exact"])
+@pytest.mark.parametrize("policy", [x for x in ALL if x != "exact"])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_created_graph_with_a_frozen_input(policy, frozen):
     tensors = list(inputs())
@@ -1087,6 +1088,12 @@ MISTAKES = {
     "misspelt sampled": ((Q, K, V), {"policy": "sampel:m=4"}, ["sampel", "did you mean 'sampled'?"]),
     "no sample": ((Q, K, V), {"policy": "sampled:m=0"}, ["sampled", "m must be at least 1", "got 0"]),
     "sampled bits": ((Q, K, V), {"policy": "sampled:bits=4"}, ["unknown parameter 'bits'"]),
+    "misspelt top": ((Q, K, V), {"policy": "topp:m=4"}, ["topp", "did you mean 'top'?"]),
+    "nothing on top": ((Q, K, V), {"policy": "top:m=0"}, ["top", "m must be at least 1", "got 0"]),
+    "top with an additive mask": ((Q, K, V), {"policy": "top", "mask": t(7, 9)}, ["'top'", "additive", "'sampled'"]),
+    "top with any boolean mask": ((Q, K, V), {"policy": "top", "mask": t(7, 9) == 0}, ["'top'", "[1, 1, 7, 9]",
+                                                                                      "[B, 1, 1, Nk]", "'recompute'"]),
+    "top with a window": ((Q, K, V), {"policy": "top", "window": (3, 0)}, ["'top'", "left", "got 3", "'sampled'"]),
     "3 bits": ((Q, K, V), {"policy": "quantized:bits=3"}, ["2, 4 or 8", "got 3"]),
     "nothing after the colon": ((Q, K, V), {"policy": "curve:"}, ["nothing after ':'"]),
     "nothing after the comma": ((Q, K, V), {"policy": "curve:m=4,"}, ["nothing after ','"]),

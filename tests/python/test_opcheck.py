@@ -40,6 +40,22 @@ def test_attention(op, policy, mask, requires_grad):
     opcheck(op, (q, k, v), dict(mask=m, causal=mask != "none", policy=policy, window=[3, 2]))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_with_top(requires_grad, padded):
+    q, k, v, _ = samples("none", requires_grad)
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 0], dtype=torch.bool) if padded else None
+    opcheck(ops.attention.default, (q, k, v), dict(mask=mask, causal=True, policy="top:m=3"))
+    arguments = (*(x.detach() for x in (q, k, v)), mask, True, 0.0, 0.5, "top:m=3", [], True)
+    opcheck(ops.attention_forward.default, arguments)
+    _, *kept = ops.attention_forward(*arguments)
+    for needs in NEEDS[1:]:
+        opcheck(
+            ops.attention_backward.default,
+            (torch.randn(2, 4, 6, 5), *arguments[:4], None, *kept, 2, 7, True, 0.0, 0.5, "top:m=3", [], needs),
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_attention_in_other_dtypes(dtype):
     q, k, v, m = samples("additive", True, dtype)
@@ -174,7 +190,7 @@ def test_compiled_softmax_approximation():
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("policy", ["recompute", "sampled:m=6"])
+@pytest.mark.parametrize("policy", ["recompute", "sampled:m=6", "top:m=6"])
 def test_compiled_code_takes_other_lengths(policy):
     torch._dynamo.reset()
 

@@ -161,7 +161,7 @@ def test_policies_keep_what_residual_bytes_says(inputs):
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    for policy in ["exact", "recompute", "curve:m=2", "quantized:bits=4", "sampled:m=3"]:
+    for policy in ["exact", "recompute", "curve:m=2", "quantized:bits=4", "sampled:m=3", "top:m=3"]:
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = remnant.attention(*inputs, policy=policy)

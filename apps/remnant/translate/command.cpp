@@ -219,7 +219,7 @@ void add_use_flags(CLI::App& command, UseOptions& use) {
 }
 
 constexpr const char* kPolicies =
-    "what attention keeps: exact, recompute, curve:m=4, quantized:bits=4, sampled:m=128";
+    "what attention keeps: exact, recompute, curve:m=4, quantized:bits=4, sampled:m=128, top:m=32";
 
 }  // namespace
 

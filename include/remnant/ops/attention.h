@@ -23,7 +23,8 @@ struct AttentionOptions {
   double dropout = 0.0;
   /// Multiplies q k^T; 1 / sqrt(D) when absent.
   std::optional<double> scale = std::nullopt;
-  /// What is kept for the backward pass.
+  /// What is kept for the backward pass. `top` takes causal, a window without a bound on the left and
+  /// boolean masks without a query axis (key padding, [B, 1, 1, Nk]), no others.
   Policy policy = {};
   /// (left, right): query i attends keys i - left <= j <= i + right; -1 means no bound on a side.
   std::optional<std::pair<int64_t, int64_t>> window = std::nullopt;
