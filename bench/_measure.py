@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import operator
 import os
 import platform
 import statistics
@@ -31,13 +33,13 @@ def machine():
     }
 
 
-def arguments(description, repeats=7, **flags):
-    """The options of every benchmark; `flags` are more, {name: help}, each off unless given."""
+def arguments(description, repeats=7, add_options=None):
+    """The options of every benchmark, and those that add_options(parser) adds."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repeats", type=int, default=repeats, help="timed repetitions of each row, alternating")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
-    for name, text in flags.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+    if add_options:
+        add_options(parser)
     parsed = parser.parse_args()
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
@@ -73,33 +75,53 @@ def peak_bytes(step):
     return peak
 
 
-def alternate(cases, repeats):
-    """Median forward and backward milliseconds of each {name: (forward, grad)}, taken in turns."""
+def alternate(cases, repeats, inputs=None, row_seconds=math.inf):
+    """Median forward and backward milliseconds of each {name: (forward, grad)}, taken in turns.
+
+    A grad of None times the forward alone. With inputs, the backward computes their gradients and leaves no
+    .grad behind. A row retires once it has had row_seconds, but not before its third timed turn.
+    """
     times = {name: [] for name in cases}
     for repeat in range(repeats + 1):
         for name, (forward, grad) in cases.items():
+            if len(times[name]) >= 3 and sum(map(sum, times[name])) > row_seconds * 1e3:
+                continue
             start = time.perf_counter()
             output = forward()
-            middle = time.perf_counter()
-            output.backward(grad)
-            end = time.perf_counter()
+            middle = end = time.perf_counter()
+            if grad is not None:
+                gradients = torch.autograd.grad(output, inputs, grad) if inputs else output.backward(grad)
+                end = time.perf_counter()
+                del gradients
+            del output
             if repeat > 0:  # the first warms up
                 times[name].append(((middle - start) * 1e3, (end - middle) * 1e3))
     return {
         name: {
             "fwd_ms": statistics.median(f for f, _ in each),
-            "bwd_ms": statistics.median(b for _, b in each),
+            "bwd_ms": statistics.median(b for _, b in each) if cases[name][1] is not None else None,
             "step_ms": statistics.median(f + b for f, b in each),
         }
         for name, each in times.items()
     }
 
 
-def write(name, rows, figures):
+def write(name, rows, figures, targets=None, missing=None):
+    """Writes build/bench/NAME.json and prints it.
+
+    rows: dicts; one with a "skipped" reason is printed below the table. figures: {name: number}. targets:
+    {name: (relation, bound)}, relation "<=" or ">=". missing: {name: why this run has no such figure}.
+    """
+    relations = {"<=": operator.le, ">=": operator.ge}
+    goals = {key: {"target": f"{relation} {bound:.2f}", "met": relations[relation](figures[key], bound)}
+             for key, (relation, bound) in (targets or {}).items() if key in figures}
     OUTPUT.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine(), "rows": rows, "figures": figures}
+    if targets:
+        result["targets"] = goals
+    if missing:
+        result["missing"] = missing
     (OUTPUT / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def text(value):
         if value is None:
@@ -108,11 +130,20 @@ def write(name, rows, figures):
             return f"{value:.4g}" if abs(value) < 100 else f"{value:.1f}"
         return f"{value:,}" if isinstance(value, int) else str(value)
 
-    table = [columns, *([text(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    for line in table:
-        print("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
-                        for i, (cell, width) in enumerate(zip(line, widths, strict=True))))
-    print()
-    for key, value in figures.items():
-        print(f"{key}  {value:.4g}")
+    def show(table, left):
+        if not table:
+            return
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        for line in table:
+            print("  ".join(cell.ljust(width) if i < left else cell.rjust(width)
+                            for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip())
+        print()
+
+    done = [row for row in rows if not row.get("skipped")]
+    columns = [column for column in dict.fromkeys(key for row in done for key in row) if column != "skipped"]
+    show([columns, *([text(row.get(column)) for column in columns] for row in done)], 2)
+    show([[row["case"], row["impl"], f"skipped: {row['skipped']}"] for row in rows if row.get("skipped")], 3)
+    show([[key, text(value), goals[key]["target"] if key in goals else "",
+           "" if key not in goals else "met" if goals[key]["met"] else "MISSED"]
+          for key, value in figures.items()], 1)
+    show([[key, f"not measured: {reason}"] for key, reason in (missing or {}).items()], 2)

@@ -165,7 +165,8 @@ def worst(rows, model, n):
 
 
 def main():
-    options = arguments(__doc__, repeats=3, quick="shortest length and earliest stage alone, one seed")
+    options = arguments(__doc__, repeats=3, add_options=lambda parser: parser.add_argument(
+        "--quick", action="store_true", help="shortest length and earliest stage alone, one seed"))
     policies = known(POLICIES)
     stages, lengths = ([60], [512]) if options.quick else ([60, 500, 2000], list(LENGTHS))
     minibatches = max(MINIBATCHES, options.repeats)
