@@ -223,8 +223,8 @@ def test_fidelity_check_reports_and_does_not_change_the_training(translate, tmp_
             assert 0 <= error < 1e-5 and 0 <= added < 1e-9
         else:
             assert 1e-4 < error < 1 and 0 < added < 1
-    assert [int(step) for step in re.findall(r"^step (\d+): gradient error .*, added variance ", result.stderr, re.M)] == \
-        list(found)
+    said = re.findall(r"^step (\d+): gradient error .*, added variance ", result.stderr, re.M)
+    assert [int(step) for step in said] == list(found)
     [events] = (tmp_path / "checked").glob("*tfevents*")
     for tag in [b"fidelity/gradient_error", b"fidelity/added_variance"]:
         assert events.read_bytes().count(tag) == len(found)
@@ -252,8 +252,9 @@ def test_fidelity_check_goes_on_after_resume(translate, tmp_path):
 
 
 def test_quiet_run_says_nothing_of_its_checks(translate, tmp_path):
-    result = translate("train", *CAPTIONS, "--max-steps", 1, "--fidelity-every", 1, "--quiet", "--out", tmp_path / "run")
-    assert result.stderr == "" and list(checks(tmp_path / "run")) == [1]
+    run = tmp_path / "run"
+    result = translate("train", *CAPTIONS, "--max-steps", 1, "--fidelity-every", 1, "--quiet", "--out", run)
+    assert result.stderr == "" and list(checks(run)) == [1]
 
 
 def test_resume_after_an_epoch_equals_an_uninterrupted_run(translate, tmp_path):
@@ -370,7 +371,8 @@ def test_help_and_version(program):
         result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=TIMEOUT)
         assert result.returncode == 0 and "remnant" in result.stdout.lower()
     for command in ["train", "compare"]:
-        result = subprocess.run([program, "translate", command, "--help"], capture_output=True, text=True, timeout=TIMEOUT)
+        result = subprocess.run([program, "translate", command, "--help"], capture_output=True, text=True,
+                                timeout=TIMEOUT)
         assert "--fidelity-every" in result.stdout
     assert subprocess.run([program], capture_output=True, timeout=TIMEOUT).returncode == 2
 
