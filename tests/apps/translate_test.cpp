@@ -4,10 +4,12 @@
 #include "translate/train.h"
 
 #include "common/error.h"
+#include "common/random_state.h"
 
 #include <gtest/gtest.h>
 #include <torch/utils.h>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/argmax.h>
@@ -191,6 +193,179 @@ TEST(TranslateTraining, RecomputeGivesTheGradientOfExact) {
   }
 }
 
+double squared_norm(const std::map<std::string, Tensor>& gradients) {
+  double sum = 0;
+  for (const auto& [name, gradient] : gradients)
+    sum += gradient.to(at::kDouble).square().sum().item<double>();
+  return sum;
+}
+
+double squared_distance(const std::map<std::string, Tensor>& a, const std::map<std::string, Tensor>& b) {
+  double sum = 0;
+  for (const auto& [name, x] : a) {
+    sum += (x.to(at::kDouble) - b.at(name).to(at::kDouble)).square().sum().item<double>();
+  }
+  return sum;
+}
+
+/// The gradient of a small model, and what the check says of it.
+struct Checked {
+  std::map<std::string, Tensor> gradient;
+  Fidelity fidelity;
+};
+
+Checked checked_gradients(TransformerImpl& model, const std::vector<Batch>& batches) {
+  const Tensor before = random_state();
+  Checked result{gradients(model, batches), {}};
+  result.fidelity = check_gradients(model, batches, false, before);
+  return result;
+}
+
+TEST(TranslateFidelity, TheErrorIsThatOfTheStepsGradientWithTheStepsDropout) {
+  const Pairs pairs = made_up_pairs(9);
+  const std::vector<Batch> batches{make_batch(pairs, {0, 1, 2, 3, 4}), make_batch(pairs, {5, 6, 7, 8})};
+  for (const double dropout : {0.0, 0.2}) {
+    for (const char* policy :
+         {"exact", "recompute", "curve:m=1", "quantized:bits=2", "sampled:m=3", "sampled:m=64"}) {
+      const std::string text = policy;
+      Transformer model = small_model(dropout, Policy::parse(text));
+      model->train();
+      torch::manual_seed(3);
+      const Checked checked = checked_gradients(*model, batches);
+
+      Transformer reference = small_model(dropout, Policy::recompute());
+      reference->train();
+      torch::manual_seed(3);
+      const auto exact = gradients(*reference, batches);
+      const double error = std::sqrt(squared_distance(checked.gradient, exact) / squared_norm(exact));
+      EXPECT_NEAR(checked.fidelity.gradient_error, error, 1e-3 * error + 1e-6) << text << " " << dropout;
+      ASSERT_TRUE(checked.fidelity.added_variance.has_value());
+      if (text == "exact" || text == "recompute" || text == "sampled:m=64") {
+        EXPECT_LT(checked.fidelity.gradient_error, 1e-5) << text << " " << dropout;
+        EXPECT_LT(*checked.fidelity.added_variance, 1e-9) << text << " " << dropout;
+      } else {
+        EXPECT_GT(checked.fidelity.gradient_error, 1e-3) << text << " " << dropout;
+      }
+      if (dropout == 0) {
+        const auto [first, second] = halves(batches);
+        int64_t words = 0, part = 0;
+        for (const Batch& batch : batches) words += batch.predicted;
+        for (const Batch& batch : first) part += batch.predicted;
+        const double share = static_cast<double>(part) / static_cast<double>(words);
+        const double variance = share * (1 - share) *
+                                squared_distance(gradients(*reference, first), gradients(*reference, second));
+        const double expected = squared_distance(checked.gradient, exact) / variance;
+        EXPECT_NEAR(*checked.fidelity.added_variance, expected, 1e-3 * expected + 1e-9) << text;
+      }
+    }
+  }
+}
+
+TEST(TranslateFidelity, TheCheckChangesNothing) {
+  const Pairs pairs = made_up_pairs(9);
+  const Batch batch = make_batch(pairs, first_rows(9));
+  for (const char* policy : {"recompute", "curve:m=1", "quantized:bits=4", "sampled:m=3"}) {
+    Transformer model = small_model(0.2, Policy::parse(policy));
+    model->train();
+    const Tensor before = random_state();
+    const auto gradient = gradients(*model, {batch});
+    std::map<std::string, Tensor> held, values;
+    for (const auto& item : model->named_parameters()) {
+      held[item.key()] = item.value().grad();
+      values[item.key()] = item.value().detach().clone();
+    }
+    const Tensor after = random_state();
+    check_gradients(*model, {batch}, false, before);
+    EXPECT_TRUE(at::equal(random_state(), after)) << policy;
+    for (const auto& item : model->named_parameters()) {
+      EXPECT_TRUE(item.value().grad().is_same(held.at(item.key()))) << item.key();
+      EXPECT_TRUE(at::equal(item.value().grad(), gradient.at(item.key()))) << item.key();
+      EXPECT_TRUE(at::equal(item.value(), values.at(item.key()))) << item.key();
+    }
+    int64_t layers = 0;
+    for (const auto& module : model->modules()) {
+      if (const auto* layer = module->as<nn::MultiheadAttentionImpl>()) {
+        EXPECT_EQ(layer->options.policy(), Policy::parse(policy));
+        ++layers;
+      }
+    }
+    EXPECT_EQ(layers, 2 + 2 * 2);
+  }
+}
+
+TEST(TranslateFidelity, HalvesEstimateTheVarianceBetweenMinibatches) {
+  const Pairs pairs = made_up_pairs(300);
+  Transformer model = small_model(0.0, Policy::curve(1));
+  model->train();
+  Transformer reference = small_model();
+  reference->train();
+  torch::manual_seed(5);
+  constexpr int64_t kBatches = 120;
+  std::vector<std::map<std::string, Tensor>> exact;
+  std::map<std::string, Tensor> mean;
+  double estimate = 0;
+  for (int64_t i = 0; i < kBatches; ++i) {
+    const Tensor drawn = at::randint(0, pairs.size(), {6}, at::kLong);
+    const std::vector<int64_t> rows(drawn.const_data_ptr<int64_t>(), drawn.const_data_ptr<int64_t>() + 6);
+    const std::vector<Batch> batches{make_batch(pairs, rows)};
+    const Checked checked = checked_gradients(*model, batches);
+    exact.push_back(gradients(*reference, batches));
+    // The check says error / variance.
+    estimate +=
+        squared_distance(checked.gradient, exact.back()) / *checked.fidelity.added_variance / kBatches;
+    for (const auto& [name, gradient] : exact.back()) {
+      mean[name] = i == 0 ? gradient / kBatches : mean[name] + gradient / kBatches;
+    }
+  }
+  double variance = 0;
+  for (const auto& gradient : exact) variance += squared_distance(gradient, mean) / (kBatches - 1);
+  EXPECT_NEAR(estimate / variance, 1, 0.25);
+}
+
+TEST(TranslateFidelity, OneSentenceHasNoVariance) {
+  const Pairs pairs = made_up_pairs(3);
+  Transformer model = small_model(0.1, Policy::curve(1));
+  model->train();
+  EXPECT_FALSE(checked_gradients(*model, {make_batch(pairs, {1})}).fidelity.added_variance.has_value());
+  // Two batches of one sentence each can be split.
+  const std::vector<Batch> two{make_batch(pairs, {1}), make_batch(pairs, {2})};
+  EXPECT_TRUE(checked_gradients(*model, two).fidelity.added_variance.has_value());
+}
+
+TEST(TranslateData, HalvesHoldEverySentenceOnce) {
+  const Pairs pairs = made_up_pairs(9);
+  const std::vector<Batch> batches{make_batch(pairs, {0, 1, 2, 3, 4}), make_batch(pairs, {5}),
+                                   make_batch(pairs, {6, 7, 8})};
+  const auto parts = halves(batches);
+  std::multiset<std::vector<int64_t>> seen, expected(pairs.target.begin(), pairs.target.end());
+  int64_t tokens = 0, predicted = 0;
+  for (const auto& part : parts) {
+    int64_t sentences = 0;
+    for (const Batch& batch : part) {
+      ASSERT_EQ(batch.source.size(0), batch.target.size(0));
+      sentences += batch.source.size(0);
+      tokens += batch.source_tokens;
+      predicted += batch.predicted;
+      for (int64_t i = 0; i < batch.target.size(0); ++i) {
+        std::vector<int64_t> ids;
+        for (int64_t t = 0; t < batch.target.size(1); ++t) {
+          const int64_t id = batch.target[i][t].item<int64_t>();
+          if (id != Vocabulary::padding) ids.push_back(id);
+        }
+        seen.insert(ids);
+      }
+    }
+    EXPECT_GE(sentences, 4);
+  }
+  EXPECT_EQ(seen, expected);
+  for (const Batch& batch : batches) {
+    tokens -= batch.source_tokens;
+    predicted -= batch.predicted;
+  }
+  EXPECT_EQ(tokens, 0);
+  EXPECT_EQ(predicted, 0);
+}
+
 TEST(TranslateDecoding, CachedGreedyIsTheArgmaxOfTheWholeForward) {
   const at::NoGradGuard no_grad;
   Transformer model = small_model();
@@ -362,7 +537,23 @@ TEST(TranslateOptions, MistakesAreUsageErrors) {
   refused([](TrainOptions& o) { o.precision = "fp8"; });
   refused([](TrainOptions& o) { o.dropout = 1; });
   refused([](TrainOptions& o) { o.batch_size = 0; });
+  refused([](TrainOptions& o) { o.fidelity_every = -1; });
   refused([](TrainOptions& o) { o.target = "de"; });
+}
+
+TEST(TranslateOptions, ARunMayBeOlderThanAnOptionThatDoesNotShapeItsModel) {
+  nlohmann::ordered_json config{{"attention", "exact"}};
+  const TrainOptions given;
+  visit_options(given, [&](std::string flag, const auto& field, Resume, const char*) {
+    std::replace(flag.begin(), flag.end(), '-', '_');
+    config[flag] = field;
+  });
+  config["fidelity_every"] = 3;
+  EXPECT_EQ(options_from_json(config).fidelity_every, 3);
+  config.erase("fidelity_every");
+  EXPECT_EQ(options_from_json(config).fidelity_every, 0);
+  config.erase("hidden");
+  EXPECT_THROW(options_from_json(config), Error);
 }
 
 }  // namespace

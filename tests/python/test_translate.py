@@ -190,6 +190,73 @@ def test_same_seed_same_run_other_seed_other_run(translate, tmp_path):
     assert checkpoint_bytes(tmp_path / "a") != checkpoint_bytes(tmp_path / "c")
 
 
+def checks(run):
+    """Step -> (gradient error, added variance) where a line has them."""
+    return {line["step"]: (line["gradient_error"], line["added_variance"]) for line in metrics(run)
+            if "gradient_error" in line or "added_variance" in line}
+
+
+@pytest.mark.parametrize("policy, more", [
+    ("exact", []),
+    ("recompute", []),
+    ("curve:m=1", []),
+    ("quantized:bits=2", ["--accumulate", 2]),
+    ("quantized:bits=2", ["--dropout", 0]),
+    ("sampled:m=4", []),
+    ("sampled:m=4", ["--dropout", 0, "--precision", "bf16"]),
+])
+def test_fidelity_check_reports_and_does_not_change_the_training(translate, tmp_path, policy, more):
+    arguments = [*CAPTIONS, "--epochs", 1, "--attention", policy, *more]
+    translate("train", *arguments, "--out", tmp_path / "plain")
+    result = translate("train", *arguments, "--fidelity-every", 3, "--out", tmp_path / "checked")
+    assert checkpoint_bytes(tmp_path / "checked") == checkpoint_bytes(tmp_path / "plain")
+    for key in ["loss", "gradient_norm", "kept_bytes", "peak_bytes"]:
+        assert [line[key] for line in steps(tmp_path / "checked")] == [line[key] for line in steps(tmp_path / "plain")]
+
+    found = checks(tmp_path / "checked")
+    assert list(found) == list(range(3, len(steps(tmp_path / "plain")) + 1, 3))
+    summary = json.loads((tmp_path / "checked" / "summary.json").read_text())
+    assert summary["gradient_error_worst"] == max(error for error, _ in found.values())
+    assert summary["added_variance_worst"] == max(added for _, added in found.values())
+    for error, added in found.values():
+        if policy in ("exact", "recompute"):
+            assert 0 <= error < 1e-5 and 0 <= added < 1e-9
+        else:
+            assert 1e-4 < error < 1 and 0 < added < 1
+    said = re.findall(r"^step (\d+): gradient error .*, added variance ", result.stderr, re.M)
+    assert [int(step) for step in said] == list(found)
+    [events] = (tmp_path / "checked").glob("*tfevents*")
+    for tag in [b"fidelity/gradient_error", b"fidelity/added_variance"]:
+        assert events.read_bytes().count(tag) == len(found)
+
+    assert not checks(tmp_path / "plain")
+    assert "gradient_error_worst" not in json.loads((tmp_path / "plain" / "summary.json").read_text())
+
+
+def test_fidelity_check_goes_on_after_resume(translate, tmp_path):
+    arguments = [*CAPTIONS, "--epochs", 1, "--attention", "sampled:m=4", "--fidelity-every", 2]
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    translate("train", *arguments, "--out", straight)
+    translate("train", *arguments, "--max-steps", 5, "--out", parts)
+    translate("train", *arguments, "--resume", "--out", parts)
+    assert list(checks(parts)) == [2, 4, 6, 8, 10, 12] and checks(parts) == checks(straight)
+    for key in ["gradient_error_worst", "added_variance_worst"]:
+        assert json.loads((parts / "summary.json").read_text())[key] == \
+            json.loads((straight / "summary.json").read_text())[key]
+    # How often is free to change on the way; runs older than the option have none.
+    config = json.loads((parts / "config.json").read_text())
+    assert config.pop("fidelity_every") == 2
+    (parts / "config.json").write_text(json.dumps(config))
+    translate("train", *CAPTIONS, "--epochs", 2, "--attention", "sampled:m=4", "--resume", "--out", parts)
+    assert list(checks(parts)) == [2, 4, 6, 8, 10, 12] and len(steps(parts)) == 24
+
+
+def test_quiet_run_says_nothing_of_its_checks(translate, tmp_path):
+    run = tmp_path / "run"
+    result = translate("train", *CAPTIONS, "--max-steps", 1, "--fidelity-every", 1, "--quiet", "--out", run)
+    assert result.stderr == "" and list(checks(run)) == [1]
+
+
 def test_resume_after_an_epoch_equals_an_uninterrupted_run(translate, tmp_path):
     translate("train", *CAPTIONS, "--epochs", 2, "--out", tmp_path / "straight")
     translate("train", *CAPTIONS, "--epochs", 1, "--out", tmp_path / "parts")
@@ -291,6 +358,7 @@ def test_unknown_words_get_the_nearest_name(translate, arguments, expected):
     (["--epochs", "many"], "--epochs"),
     (["--precision", "fp8"], "fp32 or bf16"),
     (["--source", "fr"], "German-English"),
+    (["--fidelity-every", "-1"], "--fidelity-every should be at least 0, got -1"),
 ])
 def test_bad_values_are_usage_errors(translate, tmp_path, arguments, expected):
     run = tmp_path / "run"
@@ -302,6 +370,10 @@ def test_help_and_version(program):
     for arguments in [["--help"], ["translate", "train", "--help"], ["--version"]]:
         result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=TIMEOUT)
         assert result.returncode == 0 and "remnant" in result.stdout.lower()
+    for command in ["train", "compare"]:
+        result = subprocess.run([program, "translate", command, "--help"], capture_output=True, text=True,
+                                timeout=TIMEOUT)
+        assert "--fidelity-every" in result.stdout
     assert subprocess.run([program], capture_output=True, timeout=TIMEOUT).returncode == 2
 
 

@@ -161,6 +161,26 @@ Batch make_batch(const Pairs& pairs, const std::vector<int64_t>& rows) {
   return batch;
 }
 
+std::array<std::vector<Batch>, 2> halves(const std::vector<Batch>& batches) {
+  std::array<std::vector<Batch>, 2> parts;
+  for (size_t i = 0; i < batches.size(); ++i) {
+    for (size_t first = 0; first < 2; ++first) {
+      // Batches take turns in which half gets their first sentence, and with it the odd one.
+      std::vector<Batch>& part = parts[(i + first) % 2];
+      const auto start = static_cast<int64_t>(first);
+      Batch half;
+      half.source = batches[i].source.slice(0, start, std::nullopt, 2).contiguous();
+      half.target = batches[i].target.slice(0, start, std::nullopt, 2).contiguous();
+      if (half.source.size(0) == 0) continue;
+      half.source_padding = padding_of(half.source);
+      half.source_tokens = half.source.ne(Vocabulary::padding).sum().item<int64_t>();
+      half.predicted = half.target.slice(1, 1).ne(Vocabulary::padding).sum().item<int64_t>();
+      part.push_back(std::move(half));
+    }
+  }
+  return parts;
+}
+
 std::vector<std::vector<int64_t>> batches_by_length(const Pairs& pairs, int64_t batch_size, uint64_t seed,
                                                     int64_t epoch) {
   // Two numbers in one sequence: seed + epoch would make epoch 1 of seed 1 the epoch 0 of seed 2.

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -70,6 +71,10 @@ struct Batch {
 };
 
 Batch make_batch(const Pairs& pairs, const std::vector<int64_t>& rows);
+
+/// Every other sentence of the batches, and the others: halves of like lengths where a batch is sorted. One
+/// is empty when there is only one sentence.
+std::array<std::vector<Batch>, 2> halves(const std::vector<Batch>& batches);
 
 /// [B, longest], filled up with <pad>.
 at::Tensor pad(const std::vector<std::vector<int64_t>>& sentences, const std::vector<int64_t>& rows);

@@ -1,11 +1,12 @@
 #include "translate/train.h"
 
 #include "common/error.h"
+#include "common/fidelity.h"
+#include "common/random_state.h"
 
 #include <remnant/memory.h>
 #include <remnant/ops/attention.h>
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
@@ -21,13 +22,14 @@
 #include <torch/utils.h>
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <iostream>
+#include <limits>
 #include <map>
-#include <mutex>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -63,30 +65,6 @@ class Autocast {
  private:
   bool enabled_, was_enabled_;
   at::ScalarType previous_;
-};
-
-Tensor random_state() {
-  at::Generator generator = at::detail::getDefaultCPUGenerator();
-  const std::lock_guard<std::mutex> lock(generator.mutex());
-  return generator.get_state();
-}
-
-void set_random_state(const Tensor& state) {
-  at::Generator generator = at::detail::getDefaultCPUGenerator();
-  const std::lock_guard<std::mutex> lock(generator.mutex());
-  generator.set_state(state);
-}
-
-/// Puts the random state back, so that looking at a model does not change how it trains.
-class KeepRandomState {
- public:
-  KeepRandomState() : state_(random_state()) {}
-  ~KeepRandomState() { set_random_state(state_); }
-  KeepRandomState(const KeepRandomState&) = delete;
-  KeepRandomState& operator=(const KeepRandomState&) = delete;
-
- private:
-  Tensor state_;
 };
 
 /// Sum of the losses of all target words of the batch, over `words`.
@@ -201,6 +179,12 @@ std::string fixed(double value, int digits) {
   return text;
 }
 
+std::string two_digits(double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.2g", value);
+  return text;
+}
+
 std::string json_key(std::string flag) {
   std::replace(flag.begin(), flag.end(), '-', '_');
   return flag;
@@ -257,6 +241,7 @@ void check(const TrainOptions& options) {
   at_least("epochs", options.epochs, 1);
   at_least("max-steps", options.max_steps, 0);
   at_least("checkpoint-every", options.checkpoint_every, 0);
+  at_least("fidelity-every", options.fidelity_every, 0);
   at_least("threads", options.threads, 0);
   if (options.hidden % options.heads != 0) {
     throw UsageError("--heads should divide --hidden, got " + std::to_string(options.heads) + " and " +
@@ -314,6 +299,7 @@ class Trainer {
   struct Record {
     int64_t step, epoch, kept_bytes, peak_bytes;
     double loss, step_ms;
+    std::optional<double> gradient_error, added_variance;
   };
 
   /// An existing run is only gone on with when it is the same training.
@@ -467,9 +453,17 @@ class Trainer {
   }
 
   void train_step(const std::vector<Batch>& group, Progress& progress, int64_t step_of_epoch) {
-    const auto start = std::chrono::steady_clock::now();
+    const bool checked = options_.fidelity_every > 0 && (step_ + 1) % options_.fidelity_every == 0;
+    const Tensor random_before = checked ? random_state() : Tensor();
+    auto start = std::chrono::steady_clock::now();
     adam_->zero_gradients();
     const StepCost cost = accumulate_gradients(*model_, group, options_.precision == "bf16");
+    std::optional<Fidelity> fidelity;
+    if (checked) {
+      const auto pause = std::chrono::steady_clock::now();
+      fidelity = check_gradients(*model_, group, options_.precision == "bf16", random_before);
+      start += std::chrono::steady_clock::now() - pause;  // the step's time is that without the check
+    }
     const double norm = adam_->clip(options_.clip);
     if (!std::isfinite(cost.loss) || !std::isfinite(norm)) {
       progress.clear();
@@ -482,8 +476,8 @@ class Trainer {
     int64_t tokens = 0;
     for (const Batch& batch : group) tokens += batch.source_tokens + batch.predicted;
     const double speed = static_cast<double>(tokens) / std::max(seconds, 1e-9);
-    records_.push_back({step_, epoch_ + 1, cost.kept_bytes, cost.peak_bytes, cost.loss, seconds * 1e3});
-    run_.append_metrics({{"step", step_},
+    Record record{step_, epoch_ + 1, cost.kept_bytes, cost.peak_bytes, cost.loss, seconds * 1e3, {}, {}};
+    ordered_json line = {{"step", step_},
                          {"epoch", epoch_ + 1},
                          {"seconds", elapsed()},
                          {"loss", cost.loss},
@@ -492,13 +486,35 @@ class Trainer {
                          {"kept_bytes", cost.kept_bytes},
                          {"peak_bytes", cost.peak_bytes},
                          {"gradient_norm", norm},
-                         {"step_ms", seconds * 1e3}});
+                         {"step_ms", seconds * 1e3}};
+    if (fidelity.has_value()) {
+      record.gradient_error = fidelity->gradient_error;
+      record.added_variance = fidelity->added_variance;
+      line["gradient_error"] = fidelity->gradient_error;
+      if (fidelity->added_variance.has_value()) line["added_variance"] = *fidelity->added_variance;
+      report(*fidelity, progress);
+    }
+    records_.push_back(record);
+    run_.append_metrics(line);
     events_->scalar("train/loss", cost.loss, step_);
     events_->scalar("train/tokens_per_second", speed, step_);
     events_->scalar("memory/kept_bytes", static_cast<double>(cost.kept_bytes), step_);
     events_->scalar("memory/peak_bytes", static_cast<double>(cost.peak_bytes), step_);
     progress.update(step_of_epoch, {"loss " + fixed(cost.loss, 3), fixed(speed / 1e3, 1) + "k tokens/s",
                                     "kept " + format_bytes(cost.kept_bytes)});
+  }
+
+  void report(const Fidelity& fidelity, Progress& progress) {
+    std::string text =
+        "step " + std::to_string(step_) + ": gradient error " + two_digits(fidelity.gradient_error);
+    events_->scalar("fidelity/gradient_error", fidelity.gradient_error, step_);
+    if (fidelity.added_variance.has_value()) {
+      text += ", added variance " + two_digits(*fidelity.added_variance) + " of the minibatch's";
+      events_->scalar("fidelity/added_variance", *fidelity.added_variance, step_);
+    }
+    if (options_.quiet) return;
+    progress.clear();
+    std::cerr << text << "\n";
   }
 
   void validate() {
@@ -587,6 +603,12 @@ class Trainer {
     load_records();
   }
 
+  /// A value that is not on every line; JSON has no infinity and says null.
+  static std::optional<double> measure_of(const ordered_json& line, const char* key) {
+    if (!line.contains(key)) return std::nullopt;
+    return line[key].is_number() ? line[key].get<double>() : std::numeric_limits<double>::infinity();
+  }
+
   void load_records() {
     const fs::path file = run_.path() / "metrics.jsonl";
     if (!fs::exists(file)) return;
@@ -597,7 +619,8 @@ class Trainer {
       if (!json.contains("loss")) continue;
       records_.push_back({json.value("step", int64_t{0}), json.value("epoch", int64_t{0}),
                           json.value("kept_bytes", int64_t{0}), json.value("peak_bytes", int64_t{0}),
-                          json.value("loss", 0.0), json.value("step_ms", 0.0)});
+                          json.value("loss", 0.0), json.value("step_ms", 0.0),
+                          measure_of(json, "gradient_error"), measure_of(json, "added_variance")});
     }
   }
 
@@ -612,11 +635,17 @@ class Trainer {
     const Scores scores = evaluate(*model, test_, target_vocabulary_, 1, options_.batch_size);
     std::vector<double> milliseconds, kept;
     int64_t most_kept = 0, peak = 0;
+    std::optional<double> gradient_error, added_variance;
+    const auto worst = [](std::optional<double>& most, const std::optional<double>& value) {
+      if (value.has_value()) most = std::max(most.value_or(0.0), *value);
+    };
     for (const Record& record : records_) {
       milliseconds.push_back(record.step_ms);
       kept.push_back(static_cast<double>(record.kept_bytes));
       most_kept = std::max(most_kept, record.kept_bytes);
       peak = std::max(peak, record.peak_bytes);
+      worst(gradient_error, record.gradient_error);
+      worst(added_variance, record.added_variance);
     }
     const ordered_json memory = run_.read_json("memory.json");
     const Policy policy = Policy::parse(options_.attention);
@@ -638,6 +667,8 @@ class Trainer {
     summary["peak_bytes"] = peak;
     summary["attention_residual_bytes"] = memory.value("attention_residual_bytes", int64_t{0});
     summary["step_ms_median"] = median(milliseconds);
+    if (gradient_error.has_value()) summary["gradient_error_worst"] = *gradient_error;
+    if (added_variance.has_value()) summary["added_variance_worst"] = *added_variance;
     summary["parameters"] = parameters_;
     summary["seed"] = options_.seed;
     summary["threads"] = at::get_num_threads();
@@ -694,8 +725,11 @@ TrainOptions options_from_json(const ordered_json& config) {
     }
   };
   read("attention", options.attention);
-  visit_options(options,
-                [&](const char* flag, auto& field, Resume, const char*) { read(json_key(flag), field); });
+  visit_options(options, [&](const char* flag, auto& field, Resume resume, const char*) {
+    const std::string key = json_key(flag);
+    // What does not shape the model may be younger than the run.
+    if (resume == Resume::same || config.contains(key)) read(key, field);
+  });
   return options;
 }
 
@@ -713,6 +747,20 @@ StepCost accumulate_gradients(TransformerImpl& model, const std::vector<Batch>& 
   }
   cost.peak_bytes = meter.peak_bytes();
   return cost;
+}
+
+Fidelity check_gradients(TransformerImpl& model, const std::vector<Batch>& batches, bool bf16,
+                         const Tensor& random_before) {
+  const auto examples = [&](const std::vector<Batch>& part) {
+    int64_t words = 0;
+    for (const Batch& batch : part) words += batch.predicted;
+    return Examples{static_cast<double>(words),
+                    [&model, &part, bf16] { accumulate_gradients(model, part, bf16); }};
+  };
+  const std::array<std::vector<Batch>, 2> parts = halves(batches);
+  std::optional<std::array<Examples, 2>> split;
+  if (!parts[0].empty() && !parts[1].empty()) split = {examples(parts[0]), examples(parts[1])};
+  return check_fidelity(model, random_before, examples(batches), split);
 }
 
 TrainedModel load_model(const fs::path& path) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/fidelity.h"
 #include "common/run_folder.h"
 #include "translate/data.h"
 #include "translate/decode.h"
@@ -20,7 +21,7 @@ struct TrainOptions {
   int64_t hidden = 256, layers = 3, heads = 8, feed_forward = 512;
   double dropout = 0.1, learning_rate = 5e-4, clip = 1;
   int64_t batch_size = 128, accumulate = 1, seed = 1;
-  int64_t epochs = 10, max_steps = 0, checkpoint_every = 500, threads = 0;
+  int64_t epochs = 10, max_steps = 0, checkpoint_every = 500, fidelity_every = 0, threads = 0;
   bool resume = false, quiet = false;
 };
 
@@ -53,6 +54,8 @@ void visit_options(Options& o, const Visit& visit) {
   visit("max-steps", o.max_steps, Resume::any, "stop after this many steps, 0: no limit");
   visit("checkpoint-every", o.checkpoint_every, Resume::any,
         "steps between checkpoints beside each epoch's, 0: none");
+  visit("fidelity-every", o.fidelity_every, Resume::any,
+        "steps between comparisons with the exact gradient, 0: none");
   visit("threads", o.threads, Resume::any, "0: all cores");
 }
 
@@ -60,7 +63,8 @@ void visit_options(Options& o, const Visit& visit) {
 /// UsageError on values that cannot be.
 TrainOptions checked(TrainOptions options);
 
-/// A run as config.json describes it. Throws Error naming a field that is missing or malformed.
+/// A run as config.json describes it. Throws Error naming a field that is missing or malformed; one that
+/// may change on resume may also be missing.
 TrainOptions options_from_json(const nlohmann::ordered_json& config);
 
 /// What one training step cost.
@@ -73,6 +77,11 @@ struct StepCost {
 /// Adds to the parameters' gradients that of the mean loss a word over all of `batches`, one batch
 /// after the other: N batches give what one batch of all their sentences would.
 StepCost accumulate_gradients(TransformerImpl& model, const std::vector<Batch>& batches, bool bf16);
+
+/// How far the gradient that accumulate_gradients, started from `random_before`, has left in the parameters
+/// is from the exact one. Changes nothing. No added variance for a single sentence.
+Fidelity check_gradients(TransformerImpl& model, const std::vector<Batch>& batches, bool bf16,
+                         const at::Tensor& random_before);
 
 /// A model read back from a run's folder.
 struct TrainedModel {

@@ -25,7 +25,8 @@ struct REMNANT_API MultiheadAttentionOptions {
   TORCH_ARG(int64_t, kdim) = 0;
   TORCH_ARG(int64_t, vdim) = 0;
   TORCH_ARG(bool, batch_first) = false;
-  /// What the attention op keeps for backward.
+  /// What the attention op keeps for backward. May be changed in a module's `options` from one forward to the
+  /// next.
   TORCH_ARG(Policy, policy) = Policy::recompute();
 };
 
