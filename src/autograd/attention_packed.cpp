@@ -68,6 +68,7 @@ struct PackedFunction : torch::autograd::Function<PackedFunction> {
     ctx->saved_data["policy"] = policy;
     ctx->saved_data["window"] = window;
     ctx->saved_data["needs"] = std::vector<bool>(needs.begin(), needs.end());
+    ctx->set_materialize_grads(false);  // no zeros in the residuals' shapes
     ctx->mark_non_differentiable({lse, probabilities, codes, table, seed});
     return {output, lse, probabilities, codes, table, seed};
   }

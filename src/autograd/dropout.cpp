@@ -54,6 +54,7 @@ struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
     const auto [output, seed] = forward_op().call(input, p, generator);
     ctx->save_for_backward({seed});
     ctx->saved_data["p"] = p;
+    ctx->set_materialize_grads(false);  // no zeros in the residuals' shapes
     ctx->mark_non_differentiable({seed});
     return {output, seed};
   }

@@ -34,6 +34,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
         forward_op().call(input, weight, bias, target, ignore_index, label_smoothing, reduction, needs);
     ctx->save_for_backward({grad_input, grad_weight, grad_bias});
     ctx->saved_data["needs"] = std::vector<bool>(needs.begin(), needs.end());
+    ctx->set_materialize_grads(false);  // no zeros in the residuals' shapes
     ctx->mark_non_differentiable({grad_input, grad_weight, grad_bias});
     return {loss, grad_input, grad_weight, grad_bias};
   }

@@ -59,11 +59,10 @@ TEST(MemoryTable, TheClosedFormInNumbers) {
   EXPECT_EQ(attention_residual_bytes(Policy::recompute(), 10, 100, 40, 4, true), 4016);
   EXPECT_EQ(attention_residual_bytes(Policy::curve(4), 10, 100, 40, 4, false), 1000 * (30 + 40));
   EXPECT_EQ(attention_residual_bytes(Policy::quantized(4), 10, 100, 40, 4, false), 1000 * (20 + 4));
-  // 4,096 rows of as many keys: 128 tiles of 128 keys and weights, and a log-sum-exp a row.
-  EXPECT_EQ(attention_residual_bytes(Policy::sampled(128), 1, 4096, 4096, 4, false),
-            4096 * 4 + 128 * 128 * 8);
+  // 4,096 rows of as many keys: 64 tiles of 128 keys and weights, and a log-sum-exp a row.
+  EXPECT_EQ(attention_residual_bytes(Policy::sampled(128), 1, 4096, 4096, 4, false), 4096 * 4 + 64 * 128 * 8);
   // The last tile is shorter and keeps as much.
-  EXPECT_EQ(attention_residual_bytes(Policy::sampled(8), 3, 33, 40, 8, true), 3 * (33 * 8 + 2 * 8 * 12) + 16);
+  EXPECT_EQ(attention_residual_bytes(Policy::sampled(8), 3, 65, 40, 8, true), 3 * (65 * 8 + 2 * 8 * 12) + 16);
   EXPECT_EQ(attention_residual_bytes(Policy::top(32), 3, 33, 40, 4, true), 3 * 33 * (4 + 4 * 32) + 16);
   // The bound: n = 1000, m = 10 keeps at most 17 % of softmax input and output.
   EXPECT_LE(attention_residual_bytes(Policy::curve(10), 1, 1, 1000, 4, false), 0.17 * 2 * 4 * 1000);

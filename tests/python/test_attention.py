@@ -725,8 +725,14 @@ def test_every_path_computes_the_same(variants, results_here, name):
     cases = [*VARIANTS, "softmax"]
     for case, ours, theirs in zip(cases, results_here, variants[name]["results"], strict=True):
         policy, dtype = case[1:] if case != "softmax" else ("curve", torch.float32)
+        # The CPU's kernels weigh keys on their one way through tiles of 128, the composite path from the whole row:
+        # beyond a tile they draw other keys, unbiased either way (test_sampled).
+        draws_others = (name == "composite" and policy.startswith("sampled")
+                        and case[0]["shape"].get("keys", 0) > 128)  # fmt: skip
         for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
             assert x.shape == y.shape and x.dtype == y.dtype
+            if i > 0 and draws_others:
+                continue
             error = relative(x, y.double()) if y.numel() and y.norm() > 0 else float(x.norm())
             allowance = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.03}[dtype]
             # A rounding or a rank may fall otherwise where the last bit of a logit differs.

@@ -224,6 +224,22 @@ def test_gradients_are_unbiased(case, dropout):
         assert z.abs().max() < 5, name
 
 
+@pytest.mark.parametrize("options", [{"causal": True, "dropout": 0.25}, {"window": (200, 3)}], ids=str)
+def test_gradients_are_unbiased_beyond_a_tile_of_keys(options):
+    """Rows of more keys than the CPU's kernels look at together, weighed while sums still grow; false alarms: 2e-4."""
+    draws, m = 400, 24
+    q, k, v = inputs(queries=TILE + 9, keys=300, heads=2, kv_heads=1, sharpness=1.0)
+    grad = torch.randn(1, 2, TILE + 9, 6, dtype=torch.float64).expand(draws, -1, -1, -1)
+    tensors = [x.detach().expand(draws, -1, -1, -1).clone().requires_grad_() for x in (q, k, v)]
+    got = run(*tensors, f"sampled:m={m}", 4, grad, **options)
+    want = run(*tensors, "recompute", 4, grad, **options)
+    for name, x, y in zip(("query", "key", "value"), got, want, strict=True):
+        added = (x - y).flatten(1)
+        projected = added @ torch.randn(added.size(1), 32, dtype=torch.float64)
+        z = projected.mean(0) / (projected.std(0) / math.sqrt(draws))
+        assert z.abs().max() < 5, name
+
+
 def test_gradient_error_shrinks_with_m():
     q, k, v = (x.detach().expand(40, -1, -1, -1).clone().requires_grad_() for x in inputs())
     grad = torch.randn(1, 4, ROWS, 6, dtype=torch.float64).expand(40, -1, -1, -1)
