@@ -356,8 +356,9 @@ bool has_few_rows(const AttentionForward<T>& problem, const Block& block) {
          (problem.keep == Keep::nothing || problem.keep == Keep::lse);
 }
 
+// Products of a and b in lanes, to be added up.
 template <typename T>
-T dot(const T* a, const T* b, int64_t count) {
+REMNANT_ALWAYS_INLINE Vector<T> dot_lanes(const T* a, const T* b, int64_t count) {
   constexpr int width = kWidth<T>;
   Vector<T> sum[2] = {};
   int64_t d = 0;
@@ -369,7 +370,29 @@ T dot(const T* a, const T* b, int64_t count) {
     const int64_t left = count - d < width ? count - d : width;
     sum[0] += load_part(a + d, left) * load_part(b + d, left);
   }
-  return add_lanes<T>(sum[0] + sum[1]);
+  return sum[0] + sum[1];
+}
+
+template <typename T>
+T dot(const T* a, const T* b, int64_t count) {
+  return add_lanes<T>(dot_lanes(a, b, count));
+}
+
+// a's products with `count` rows of b. A vector's worth of rows is added up at once, across a transposition.
+template <typename T>
+void dot_rows(const T* a, const T* b, int64_t stride, int64_t dims, int64_t count, T* out) {
+  constexpr int width = kWidth<T>;
+  int64_t j = 0;
+  for (; j + width <= count; j += width) {
+    Vector<T> square[width];
+#pragma GCC unroll 16
+    for (int e = 0; e < width; ++e) square[e] = dot_lanes(a, b + (j + e) * stride, dims);
+    transpose_square<T>(square);
+#pragma GCC unroll 16
+    for (int e = 1; e < width; ++e) square[0] += square[e];
+    store(out + j, square[0]);
+  }
+  for (; j < count; ++j) out[j] = dot(a, b + j * stride, dims);
 }
 
 template <typename T>
@@ -392,13 +415,13 @@ void forward_few_rows(const AttentionForward<T>& problem, const Block& block, Sc
     for (int64_t begin = range.begin; begin < range.end; begin += problem.tile_keys) {
       const int64_t count = std::min(problem.tile_keys, range.end - begin);
       T now = highest;
-      for (int64_t j = 0; j < count; ++j) {
-        const bool allowed = may == nullptr || may[(begin + j) * problem.mask.column] != 0;
-        z[j] = allowed ? dot(scaled, problem.key.at(block.b, block.kv_head, block.key_row + begin + j),
-                             problem.head_dim)
-                       : kNothing<T>;
-        now = z[j] > now ? z[j] : now;
+      dot_rows(scaled, problem.key.at(block.b, block.kv_head, block.key_row + begin), problem.key.row,
+               problem.head_dim, count, z);
+      for (int64_t j = 0; may != nullptr && j < count; ++j) {
+        if (may[(begin + j) * problem.mask.column] == 0) z[j] = kNothing<T>;
       }
+#pragma omp simd reduction(max : now)
+      for (int64_t j = 0; j < count; ++j) now = z[j] > now ? z[j] : now;
       const T base = now == kNothing<T> ? T(0) : now;
       const T factor = exponential(highest - base);
       sum *= factor;
