@@ -30,7 +30,8 @@ struct Scratch {
   int64_t output_stride;
 
   Scratch(void* memory, const AttentionProblem<T>& problem) {
-    auto* at = reinterpret_cast<T*>(round_up(reinterpret_cast<intptr_t>(memory), 64));
+    const auto misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory) % 64);
+    auto* at = reinterpret_cast<T*>(static_cast<char*>(memory) + (64 - misaligned) % 64);
     const auto take = [&](int64_t count) {
       T* const begin = at;
       at += count;
