@@ -13,7 +13,9 @@ from remnant._ops import (
     attention_packed,
     attention_residual_bytes,
     dropout,
+    feed_forward,
     linear_cross_entropy,
+    multihead_attention,
     softmax_approximation,
     softmax_input_from_output,
 )
@@ -23,8 +25,10 @@ __all__ = [
     "attention_packed",
     "attention_residual_bytes",
     "dropout",
+    "feed_forward",
     "library_path",
     "linear_cross_entropy",
+    "multihead_attention",
     "softmax_approximation",
     "softmax_input_from_output",
 ]

@@ -182,6 +182,81 @@ def linear_cross_entropy(
     )
 
 
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """linear(dropout(activation(linear(input, weight1, bias1))), weight2, bias2) that keeps no hidden layer. Exact.
+
+    Args:
+        input: [..., E], floating.
+        weight1, bias1: [F, E] and [F] or None, input's dtype.
+        weight2, bias2: [G, F] and [G] or None, input's dtype.
+        activation: "relu" or "gelu" (by the normal distribution's function, not its tanh form).
+        dropout: rate on the hidden layer, in [0, 1).
+        generator: source of the seed; the device's default generator when None.
+
+    Returns:
+        [..., G] in input's dtype.
+
+    Saves for backward: input, the weights and bias1, and for dropout a 16-byte seed; the hidden layer is
+    made again, a block of rows at a time.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, an unknown activation, or a double backward.
+    """
+    return _ops.feed_forward(input, weight1, bias1, weight2, bias2, activation, dropout, generator)
+
+
+def multihead_attention(
+    query: Tensor,
+    memory: Tensor | None,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    heads: int,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    keep_output: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Projections, attention and output projection as one op that keeps its inputs alone. Exact.
+
+    Args:
+        query: [B, N, E], floating.
+        memory: [B, M, E], what keys and values are made from; None for self-attention.
+        in_weight, in_bias: [3 E, E] and [3 E] or None: query's rows, then key's, then value's.
+        out_weight, out_bias: [G, E] and [G] or None.
+        heads: divides E.
+        mask: boolean (True = attend) or added to the scores, broadcastable to [B, heads, N, M]; needs no
+            gradient.
+        causal, dropout, generator: as in `attention`.
+        keep_output: keep what attention gave instead of attending again in backward.
+
+    Returns:
+        [B, N, G] in query's dtype.
+
+    Saves for backward: query, memory, the weights and in_bias, the mask, seeds of dropout (16 bytes for about
+    1,024 positions on a CPU); with keep_output also [B, N, E] and a log-sum-exp a row and head.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, or a double backward.
+    """
+    return _ops.multihead_attention(
+        query, memory, in_weight, in_bias, out_weight, out_bias, heads, mask, causal, dropout, keep_output, generator
+    )
+
+
 class _SoftmaxApproximation:
     """softmax over the last dimension that keeps a curve instead of its output.
 

@@ -79,4 +79,37 @@ TORCH_LIBRARY(remnant, m) {
       "float label_smoothing, int reduction, bool[3] needs) -> (Tensor loss, Tensor grad_input, "
       "Tensor grad_weight, Tensor grad_bias)",
       plain);
+  m.def(
+      "feed_forward(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str "
+      "activation='relu', float dropout=0.0, Generator? generator=None) -> Tensor",
+      random);
+  m.def(
+      "feed_forward_forward(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str "
+      "activation, float dropout, Generator? generator=None) -> (Tensor output, Tensor seed)",
+      random);
+  m.def(
+      "feed_forward_backward(Tensor grad_output, Tensor input, Tensor weight1, Tensor? bias1, Tensor "
+      "weight2, "
+      "Tensor seed, str activation, float dropout, bool[5] needs) -> (Tensor grad_input, Tensor "
+      "grad_weight1, "
+      "Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)",
+      plain);
+  m.def(
+      "multihead_attention(Tensor query, Tensor? memory, Tensor in_weight, Tensor? in_bias, Tensor "
+      "out_weight, "
+      "Tensor? out_bias, int heads, Tensor? mask=None, bool causal=False, float dropout=0.0, bool "
+      "keep_output=False, Generator? generator=None) -> Tensor",
+      random);
+  m.def(
+      "multihead_attention_forward(Tensor query, Tensor? memory, Tensor in_weight, Tensor? in_bias, Tensor "
+      "out_weight, Tensor? out_bias, int heads, Tensor? mask, bool causal, float dropout, bool keep, "
+      "Generator? generator=None) -> (Tensor output, Tensor attended, Tensor lse, Tensor seeds)",
+      random);
+  m.def(
+      "multihead_attention_backward(Tensor grad_output, Tensor query, Tensor? memory, Tensor in_weight, "
+      "Tensor? in_bias, Tensor out_weight, Tensor attended, Tensor lse, Tensor seeds, int heads, Tensor? "
+      "mask, "
+      "bool causal, float dropout, bool[6] needs) -> (Tensor grad_query, Tensor grad_memory, Tensor "
+      "grad_in_weight, Tensor grad_in_bias, Tensor grad_out_weight, Tensor grad_out_bias)",
+      plain);
 }

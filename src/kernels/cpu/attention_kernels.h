@@ -126,6 +126,24 @@ struct CrossEntropyRows {
   T* losses = nullptr;    // one a row, 0 where ignored
 };
 
+enum class Activation : uint8_t { relu, gelu };  // gelu: by the normal distribution's own function
+
+/// Rows of a feed-forward block's hidden layer, contiguous. Element (i, j) is dropped by column j of row
+/// first_row + i of head 0, as an attention matrix's would be.
+template <typename T>
+struct HiddenRows {
+  int64_t columns = 0, first_row = 0;
+  Activation activation = Activation::relu;
+  const T* bias = nullptr;  // null: none
+  Seed seed;
+  int64_t threshold = 0;  // of dropout; 0: none
+  T keep_scale = 1;
+  /// Products with the first weight. Both passes turn them into dropout(activation(product + bias)).
+  T* hidden = nullptr;
+  /// Backward: gradient of those, turned into the products'.
+  T* grad = nullptr;
+};
+
 struct CpuKernels {
   const char* name;
   void (*forward_float)(const AttentionForward<float>&, int64_t begin, int64_t end, void* scratch);
@@ -141,6 +159,10 @@ struct CpuKernels {
                        int64_t blocks, uint16_t* out);
   void (*cross_entropy_float)(const CrossEntropyRows<float>&, int64_t begin, int64_t end);
   void (*cross_entropy_double)(const CrossEntropyRows<double>&, int64_t begin, int64_t end);
+  void (*hidden_forward_float)(const HiddenRows<float>&, int64_t begin, int64_t end);
+  void (*hidden_forward_double)(const HiddenRows<double>&, int64_t begin, int64_t end);
+  void (*hidden_backward_float)(const HiddenRows<float>&, int64_t begin, int64_t end);
+  void (*hidden_backward_double)(const HiddenRows<double>&, int64_t begin, int64_t end);
 };
 
 /// The best this machine runs, or the one that the environment variable REMNANT_CPU names

@@ -86,13 +86,14 @@ template int64_t attention_scratch_bytes(const AttentionProblem<double>&);
 
 namespace {
 
-#define REMNANT_KERNEL_TABLE(variant)                                                              \
-  constexpr CpuKernels k_##variant {                                                               \
-    #variant, variant::attention_forward<float>, variant::attention_forward<double>,               \
-        variant::attention_backward<float>, variant::attention_backward<double>,                   \
-        variant::curve_encode<float>, variant::curve_encode<double>, variant::curve_decode<float>, \
-        variant::curve_decode<double>, variant::dropout_bits, variant::cross_entropy<float>,       \
-        variant::cross_entropy<double>                                                             \
+#define REMNANT_KERNEL_TABLE(variant)                                                                    \
+  constexpr CpuKernels k_##variant {                                                                     \
+    #variant, variant::attention_forward<float>, variant::attention_forward<double>,                     \
+        variant::attention_backward<float>, variant::attention_backward<double>,                         \
+        variant::curve_encode<float>, variant::curve_encode<double>, variant::curve_decode<float>,       \
+        variant::curve_decode<double>, variant::dropout_bits, variant::cross_entropy<float>,             \
+        variant::cross_entropy<double>, variant::hidden_forward<float>, variant::hidden_forward<double>, \
+        variant::hidden_backward<float>, variant::hidden_backward<double>                                \
   }
 
 REMNANT_KERNEL_TABLE(portable);

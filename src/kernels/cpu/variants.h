@@ -17,6 +17,10 @@
                     int64_t blocks, uint16_t* out);                                                        \
   template <typename T>                                                                                    \
   void cross_entropy(const CrossEntropyRows<T>& rows, int64_t begin, int64_t end);                         \
+  template <typename T>                                                                                    \
+  void hidden_forward(const HiddenRows<T>& rows, int64_t begin, int64_t end);                              \
+  template <typename T>                                                                                    \
+  void hidden_backward(const HiddenRows<T>& rows, int64_t begin, int64_t end);                             \
   }
 
 REMNANT_DECLARE_KERNELS(portable)
