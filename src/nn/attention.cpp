@@ -1,18 +1,25 @@
 #include <remnant/memory.h>
 #include <remnant/nn/attention.h>
 #include <remnant/ops/attention.h>
+#include <remnant/ops/multihead_attention.h>
 #include <torch/nn/init.h>
 
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/dropout.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/logical_and.h>
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/logical_or.h>
 #include <ATen/ops/masked_fill.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/softmax.h>
 #include <ATen/ops/zeros.h>
 
+#include <cmath>
 #include <limits>
 #include <ostream>
 #include <unordered_map>
@@ -199,12 +206,10 @@ void describe(const Tensor& output, const Tensor& query, const Tensor& key, cons
                    eager);
 }
 
-/// Runs the op on projected heads. Returns [B, H, Nq, D] and the weights, if wanted.
-std::tuple<Tensor, Tensor> attend(const MultiheadAttentionImpl& module, const Heads& heads,
-                                  const Masks& masks, bool need_weights) {
-  const int64_t batch = heads.query.size(0), num_heads = heads.query.size(1);
-  const int64_t queries = heads.query.size(2), keys = heads.key.size(2);
-
+/// The op's options for a module's own and a call's masks; `extra` keys stand behind the `keys` given.
+AttentionOptions attention_options(const MultiheadAttentionImpl& module, const Masks& masks, int64_t batch,
+                                   int64_t queries, int64_t keys, int64_t extra, const Tensor& like) {
+  const int64_t num_heads = module.options.num_heads();
   Tensor attn_mask = masks.attn_mask;
   if (attn_mask.defined()) {
     check_mask_dtype(attn_mask, "attn_mask");
@@ -225,22 +230,18 @@ std::tuple<Tensor, Tensor> attend(const MultiheadAttentionImpl& module, const He
     padding = padding.unsqueeze(1).unsqueeze(1);
   }
 
-  const Tensor key = append_extra_keys(module, heads.key, module.bias_k);
-  const Tensor value = append_extra_keys(module, heads.value, module.bias_v);
-  const int64_t extra = key.size(2) - keys;
-
-  AttentionOptions attention_options;
-  attention_options.dropout = module.is_training() ? module.options.dropout() : 0.0;
-  attention_options.policy = module.options.policy();
+  AttentionOptions result;
+  result.dropout = module.is_training() ? module.options.dropout() : 0.0;
+  result.policy = module.options.policy();
   if (masks.causal && !(queries == 1 && masks.past == keys - 1)) {
     if (extra > 0) {
       // The op's own causal mask would hide the extra keys, which every query attends.
-      const Tensor future = at::ones({queries, keys}, key.options().dtype(at::kBool)).triu(masks.past + 1);
+      const Tensor future = at::ones({queries, keys}, like.options().dtype(at::kBool)).triu(masks.past + 1);
       attn_mask = combine(attn_mask, future);
     } else if (masks.past > 0) {
-      attention_options.window = std::make_pair(int64_t{-1}, masks.past);
+      result.window = std::make_pair(int64_t{-1}, masks.past);
     } else {
-      attention_options.causal = true;
+      result.causal = true;
     }
   }
   if (extra > 0) {
@@ -248,18 +249,87 @@ std::tuple<Tensor, Tensor> attend(const MultiheadAttentionImpl& module, const He
     if (padding.defined()) padding = at::constant_pad_nd(padding, {0, extra}, 0);
   }
   if (const Tensor mask = combine(attn_mask, padding); mask.defined()) {
-    attention_options.mask =
-        mask.scalar_type() == at::kBool ? at::logical_not(mask) : mask.to(heads.query.scalar_type());
+    result.mask = mask.scalar_type() == at::kBool ? at::logical_not(mask) : mask.to(like.scalar_type());
+  }
+  return result;
+}
+
+/// Attention in PyTorch's operations, which keep the softmax output, and with dropout its noise and result.
+Tensor eager_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                       const AttentionOptions& options) {
+  const double scale = 1.0 / std::sqrt(static_cast<double>(query.size(3)));
+  Tensor scores = at::matmul(query * scale, key.transpose(-2, -1));
+  Tensor allowed;
+  if (options.causal || options.window.has_value()) {
+    const int64_t past = options.causal ? 0 : options.window->second;
+    allowed = at::ones({query.size(2), key.size(2)}, query.options().dtype(at::kBool)).tril(past);
+  }
+  if (options.mask.has_value()) {
+    if (options.mask->scalar_type() == at::kBool) {
+      allowed = allowed.defined() ? at::logical_and(allowed, *options.mask) : *options.mask;
+    } else {
+      scores = scores + *options.mask;
+    }
+  }
+  if (allowed.defined()) {
+    scores = at::masked_fill(scores, at::logical_not(allowed), -std::numeric_limits<double>::infinity());
+  }
+  const Tensor weights = at::dropout(at::softmax(scores, -1), options.dropout, options.dropout > 0);
+  return at::matmul(weights, value);
+}
+
+/// Runs the op on projected heads. Returns [B, H, Nq, D] and the weights, if wanted.
+std::tuple<Tensor, Tensor> attend(const MultiheadAttentionImpl& module, const Heads& heads,
+                                  const Masks& masks, bool need_weights) {
+  const int64_t keys = heads.key.size(2);
+  const Tensor key = append_extra_keys(module, heads.key, module.bias_k);
+  const Tensor value = append_extra_keys(module, heads.value, module.bias_v);
+  const AttentionOptions options = attention_options(module, masks, heads.query.size(0), heads.query.size(2),
+                                                     keys, key.size(2) - keys, heads.query);
+  if (module.options.keep() == AttentionKeep::eager && !need_weights) {
+    return {eager_attention(heads.query, key, value, options), Tensor()};
   }
 
   std::tuple<Tensor, Tensor> result;
   if (need_weights) {
-    result = attention_with_weights(heads.query, key, value, attention_options);
+    result = attention_with_weights(heads.query, key, value, options);
   } else {
-    result = {attention(heads.query, key, value, attention_options), Tensor()};
+    result = {attention(heads.query, key, value, options), Tensor()};
   }
-  if (memory::recording()) describe(std::get<0>(result), heads.query, key, value, attention_options);
+  if (memory::recording()) describe(std::get<0>(result), heads.query, key, value, options);
   return result;
+}
+
+/// Whether the block op can stand for projections, attention and output projection.
+bool runs_as_block(const MultiheadAttentionImpl& module, const Tensor& key, const Tensor& value,
+                   const Tensor& attn_mask, bool need_weights) {
+  const MultiheadAttentionOptions& options = module.options;
+  const bool wanted = options.keep() == AttentionKeep::input || options.keep() == AttentionKeep::output ||
+                      options.keep() == AttentionKeep::automatic;
+  const bool mask_gradient = attn_mask.defined() && attn_mask.requires_grad() && at::GradMode::is_enabled();
+  return wanted && !need_weights && module.is_training() && key.is_same(value) &&
+         options.policy().kind == PolicyKind::recompute && module.in_proj_weight.defined() &&
+         !options.add_bias_kv() && !options.add_zero_attn() && !mask_gradient;
+}
+
+/// [B, N, E] -> [B, N, E] by the block op.
+Tensor run_block(const MultiheadAttentionImpl& module, const Tensor& query, const Tensor& memory, bool self,
+                 const Masks& masks) {
+  const int64_t keys = self ? query.size(1) : memory.size(1);
+  const AttentionOptions options =
+      attention_options(module, masks, query.size(0), query.size(1), keys, 0, query);
+  MultiheadAttentionCall call;
+  call.heads = module.options.num_heads();
+  call.mask = options.mask;
+  call.causal = options.causal;
+  call.dropout = options.dropout;
+  const AttentionKeep keep = module.options.keep();
+  call.keep_output = keep == AttentionKeep::output ||
+                     (keep == AttentionKeep::automatic && keeps_attention_output(keys, query.size(2)));
+  const auto optional = [](const Tensor& x) { return x.defined() ? std::make_optional(x) : std::nullopt; };
+  return multihead_attention(query, self ? std::nullopt : std::make_optional(memory), module.in_proj_weight,
+                             optional(module.in_proj_bias), module.out_proj->weight,
+                             optional(module.out_proj->bias), call);
 }
 
 /// [B, H, N, D] to [B, N, E] or [N, B, E].
@@ -319,7 +389,14 @@ void MultiheadAttentionImpl::reset() {
 
 void MultiheadAttentionImpl::pretty_print(std::ostream& stream) const {
   stream << "remnant::nn::MultiheadAttention(embed_dim=" << options.embed_dim()
-         << ", num_heads=" << options.num_heads() << ", policy=" << options.policy().str() << ")";
+         << ", num_heads=" << options.num_heads() << ", policy=" << options.policy().str();
+  if (options.keep() != AttentionKeep::projections) {
+    LayerMemory memory;
+    memory.attention = options.keep();
+    const std::string text = memory.str();
+    stream << ", " << text.substr(0, text.find(','));
+  }
+  stream << ")";
 }
 
 std::tuple<Tensor, Tensor> MultiheadAttentionImpl::forward(const Tensor& query, const Tensor& key,
@@ -331,6 +408,12 @@ std::tuple<Tensor, Tensor> MultiheadAttentionImpl::forward(const Tensor& query, 
   check_inputs(options, query, key, value);
   const bool batched = query.dim() == 3;
   const bool batch_first = batched && options.batch_first();
+  if (batched && runs_as_block(*this, key, value, attn_mask, need_weights)) {
+    const auto sequences_first = [&](const Tensor& x) { return batch_first ? x : x.transpose(0, 1); };
+    const Tensor output = run_block(*this, sequences_first(query), sequences_first(key), query.is_same(key),
+                                    {attn_mask, key_padding_mask, is_causal});
+    return {sequences_first(output), Tensor()};
+  }
 
   Heads heads;
   Masks masks{.attn_mask = attn_mask, .key_padding_mask = key_padding_mask, .causal = is_causal};

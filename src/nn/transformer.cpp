@@ -2,7 +2,9 @@
 #include <remnant/nn/transformer.h>
 
 #include <remnant/ops/dropout.h>
+#include <remnant/ops/feed_forward.h>
 
+#include <ATen/ops/dropout.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/relu.h>
 
@@ -48,7 +50,8 @@ MultiheadAttention make_attention(const TransformerLayerOptions& options) {
                                 .dropout(options.dropout())
                                 .bias(options.bias())
                                 .batch_first(options.batch_first())
-                                .policy(options.policy()));
+                                .policy(options.policy())
+                                .keep(options.memory().attention));
 }
 
 torch::nn::Linear make_linear(int64_t in, int64_t out, bool bias) {
@@ -66,9 +69,11 @@ torch::nn::Dropout make_dropout(const TransformerLayerOptions& options) {
   return torch::nn::Dropout(torch::nn::DropoutOptions(options.dropout()));
 }
 
-/// The module holds the probability and the mode; the op keeps no mask.
-Tensor drop(const torch::nn::Dropout& module, const Tensor& x) {
-  return module->is_training() ? remnant::dropout(x, module->options.p()) : x;
+/// The module holds the probability and the mode.
+Tensor drop(const torch::nn::Dropout& module, const Tensor& x, const LayerMemory& memory) {
+  const double p = module->options.p();
+  if (!module->is_training() || p == 0) return x;
+  return memory.noise ? at::dropout(x, p, true) : remnant::dropout(x, p);
 }
 
 Tensor activate(const Tensor& x, Activation activation) {
@@ -89,25 +94,38 @@ void check_last_dim(const Tensor& x, const char* name, const char* argument,
 constexpr const char* kEncoderName = "remnant::nn::TransformerEncoderLayer";
 constexpr const char* kDecoderName = "remnant::nn::TransformerDecoderLayer";
 
-/// x + block(x), normalised before the block (pre-norm) or after the sum (post-norm).
-template <typename Block>
-Tensor residual(const Tensor& x, torch::nn::LayerNorm& norm, bool norm_first, const Block& block) {
-  return norm_first ? x + block(norm(x)) : norm(x + block(x));
+/// x + dropout(block(x)), normalised before the block (pre-norm) or after the sum (post-norm).
+template <typename Layer, typename Block>
+Tensor residual(const Layer& layer, const Tensor& x, torch::nn::LayerNorm& norm,
+                const torch::nn::Dropout& dropout, const Block& block) {
+  const LayerMemory& memory = layer.options.memory();
+  if (layer.options.norm_first()) return x + drop(dropout, block(norm(x)), memory);
+  return norm(x + drop(dropout, block(x), memory));
+}
+
+std::optional<Tensor> optional(const Tensor& x) { return x.defined() ? std::make_optional(x) : std::nullopt; }
+
+template <typename Layer>
+Tensor feed_forward_block(Layer& layer, const Tensor& x) {
+  const LayerMemory& memory = layer.options.memory();
+  const Activation activation = layer.options.activation();
+  if (memory.hidden || !layer.is_training()) {
+    return layer.linear2(drop(layer.dropout, activate(layer.linear1(x), activation), memory));
+  }
+  return remnant::feed_forward(x, layer.linear1->weight, optional(layer.linear1->bias), layer.linear2->weight,
+                               optional(layer.linear2->bias),
+                               activation == Activation::gelu ? "gelu" : "relu",
+                               layer.dropout->is_training() ? layer.dropout->options.p() : 0.0);
 }
 
 /// The decoder layer with its two attentions given as functions of their input.
 template <typename SelfAttention, typename CrossAttention>
 Tensor decode(TransformerDecoderLayerImpl& layer, const Tensor& tgt, const SelfAttention& self_attention,
               const CrossAttention& cross_attention) {
-  const bool norm_first = layer.options.norm_first();
-  Tensor x = residual(tgt, layer.norm1, norm_first,
-                      [&](const Tensor& y) { return drop(layer.dropout1, self_attention(y)); });
-  x = residual(x, layer.norm2, norm_first,
-               [&](const Tensor& y) { return drop(layer.dropout2, cross_attention(y)); });
-  return residual(x, layer.norm3, norm_first, [&](const Tensor& y) {
-    const Tensor hidden = activate(layer.linear1(y), layer.options.activation());
-    return drop(layer.dropout3, layer.linear2(drop(layer.dropout, hidden)));
-  });
+  Tensor x = residual(layer, tgt, layer.norm1, layer.dropout1, self_attention);
+  x = residual(layer, x, layer.norm2, layer.dropout2, cross_attention);
+  return residual(layer, x, layer.norm3, layer.dropout3,
+                  [&](const Tensor& y) { return feed_forward_block(layer, y); });
 }
 
 }  // namespace
@@ -134,14 +152,10 @@ Tensor TransformerEncoderLayerImpl::forward(const Tensor& src, const Tensor& src
                                             const Tensor& src_key_padding_mask, bool is_causal) {
   const memory::LayerScope scope(this);
   check_last_dim(src, kEncoderName, "src", options);
-  const bool norm_first = options.norm_first();
-  const Tensor x = residual(src, norm1, norm_first, [&](const Tensor& y) {
-    return drop(dropout1,
-                std::get<0>(self_attn(y, y, y, src_key_padding_mask, false, src_mask, true, is_causal)));
+  const Tensor x = residual(*this, src, norm1, dropout1, [&](const Tensor& y) {
+    return std::get<0>(self_attn(y, y, y, src_key_padding_mask, false, src_mask, true, is_causal));
   });
-  return residual(x, norm2, norm_first, [&](const Tensor& y) {
-    return drop(dropout2, linear2(drop(dropout, activate(linear1(y), options.activation()))));
-  });
+  return residual(*this, x, norm2, dropout2, [&](const Tensor& y) { return feed_forward_block(*this, y); });
 }
 
 TransformerDecoderLayerImpl::TransformerDecoderLayerImpl(const TransformerLayerOptions& options_in)

@@ -2,6 +2,7 @@
 
 #include <remnant/export.h>
 #include <remnant/policy.h>
+#include <remnant/setting.h>
 
 #include <torch/nn/cloneable.h>
 #include <torch/nn/modules/linear.h>
@@ -28,6 +29,10 @@ struct REMNANT_API MultiheadAttentionOptions {
   /// What the attention op keeps for backward. May be changed in a module's `options` from one forward to the
   /// next.
   TORCH_ARG(Policy, policy) = Policy::recompute();
+  /// What the module keeps around it. `output`, `input` and `automatic` need policy recompute and one tensor
+  /// as key and value; where that does not hold (or kdim, vdim, add_bias_kv, add_zero_attn, need_weights or
+  /// attn_mask's own gradient are asked for), and in eval mode, it is `projections`.
+  TORCH_ARG(AttentionKeep, keep) = AttentionKeep::projections;
 };
 
 /// Keys and values of earlier positions, for decoding one position at a time: [B, H, n, D].

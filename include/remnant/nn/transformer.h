@@ -23,6 +23,9 @@ struct REMNANT_API TransformerLayerOptions {
   TORCH_ARG(bool, bias) = true;
   /// What the attention ops keep for backward.
   TORCH_ARG(Policy, policy) = Policy::recompute();
+  /// What the layer keeps, of a Memory setting or op by op. Gradients equal PyTorch's up to rounding unless
+  /// bits or the policy say otherwise.
+  TORCH_ARG(LayerMemory, memory);
 };
 
 /// torch.nn.TransformerEncoderLayer: parameters self_attn.*, linear1.*, linear2.*, norm1.*, norm2.*.

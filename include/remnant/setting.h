@@ -1,0 +1,76 @@
+#pragma once
+
+#include <remnant/export.h>
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace remnant {
+
+/// What a whole model keeps for backward; written `eager`, `exact`, `unbiased:bits=4`, `budget=60MB`
+/// (programs'
+/// `--memory`, Python's `memory=`).
+struct REMNANT_API Memory {
+  enum class Kind {
+    eager,     ///< what PyTorch keeps: the "off" switch.
+    exact,     ///< gradients equal eager's up to rounding; what can be made again from little is.
+    unbiased,  ///< as exact, and what the gradient is linear in is kept in `bits` bits by stochastic
+               ///< rounding.
+    budget,    ///< exact gradients, and `plan` chooses layer by layer so that a step's peak fits `bytes`.
+  };
+  Kind kind = Kind::exact;
+  int64_t bits = 4;   ///< unbiased: 2, 4 or 8
+  int64_t bytes = 0;  ///< budget: peak of a step beyond parameters, gradients and optimizer state
+
+  static Memory eager();
+  static Memory exact();
+  /// Throws c10::Error unless bits is 2, 4 or 8.
+  static Memory unbiased(int64_t bits = 4);
+  /// Throws c10::Error unless bytes is positive.
+  static Memory budget(int64_t bytes);
+
+  /// Reads the written form; a budget takes B, kB, MB, GB (powers of 1000) or KiB, MiB, GiB. Throws
+  /// c10::Error with one sentence that names the nearest setting when `text` does not parse.
+  static Memory parse(std::string_view text);
+  /// The written form; parse(str()) gives the same setting.
+  std::string str() const;
+
+  bool operator==(const Memory&) const = default;
+};
+
+/// What the attention of a Transformer layer keeps.
+enum class AttentionKeep {
+  eager,        ///< PyTorch's separate operations: q, k, v, softmax output, dropout's noise and result.
+  projections,  ///< q, k, v and what the attention policy says.
+  output,       ///< its input, and the attention's output with a log-sum-exp a row; projects again.
+  input,        ///< its input alone; projects and attends again.
+  automatic,    ///< `output` where attending again would cost more than projecting again, else `input`.
+};
+
+/// What one Transformer layer keeps, op by op. The default is what PyTorch keeps but for attention, which
+/// follows its policy, and dropout, which keeps nothing.
+struct REMNANT_API LayerMemory {
+  LayerMemory() = default;
+  /// The setting's choice for a layer. Throws c10::Error for a budget, which needs `plan`.
+  LayerMemory(const Memory& memory);  // NOLINT(google-explicit-constructor): options take either
+
+  AttentionKeep attention = AttentionKeep::projections;
+  /// The feed-forward block's hidden layer, kept as PyTorch does or made again.
+  bool hidden = true;
+  /// Dropout with PyTorch's noise kept, or regenerated.
+  bool noise = false;
+  /// Normalisations keep their input and statistics as PyTorch does, or their output, which the next op holds
+  /// anyway; dropout and the residual sum go with them.
+  bool norm_input = true;
+  /// Keeps the layer's input alone and runs the layer again in backward.
+  bool checkpoint = false;
+  /// 0, or the bits that linear inputs are kept in, by stochastic rounding.
+  int64_t bits = 0;
+
+  /// "attention=input,hidden=recompute,norm=output" and the like.
+  std::string str() const;
+  bool operator==(const LayerMemory&) const = default;
+};
+
+}  // namespace remnant

@@ -1,0 +1,188 @@
+#include <remnant/checkpoint.h>
+
+#include <ATen/Context.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/from_blob.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+
+namespace remnant::detail {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+struct AutocastOf {
+  at::DeviceType device;
+  bool enabled;
+  at::ScalarType dtype;
+
+  static AutocastOf now(at::DeviceType device) {
+    return {device, at::autocast::is_autocast_enabled(device), at::autocast::get_autocast_dtype(device)};
+  }
+  void set() const {
+    at::autocast::set_autocast_enabled(device, enabled);
+    at::autocast::set_autocast_dtype(device, dtype);
+  }
+};
+
+/// What travels in the graph beside tensors.
+struct Closure {
+  explicit Closure(CheckpointFunction run_in) : run(std::move(run_in)) {}
+  CheckpointFunction run;
+  std::vector<at::Generator> generators;
+  std::vector<AutocastOf> autocast;
+  std::vector<bool> defined;  // which inputs are; the graph takes no others
+
+  variable_list all_inputs(const variable_list& given) const {
+    variable_list all;
+    size_t next = 0;
+    for (const bool each : defined) all.push_back(each ? given[next++] : at::Tensor());
+    return all;
+  }
+};
+
+/// The CPU, and the devices of the inputs.
+std::vector<at::Device> devices_of(const std::vector<at::Tensor>& inputs) {
+  std::vector<at::Device> devices{at::Device(at::kCPU)};
+  for (const at::Tensor& x : inputs) {
+    if (x.device().is_cpu() || x.device().is_meta()) continue;
+    if (std::find(devices.begin(), devices.end(), x.device()) == devices.end()) devices.push_back(x.device());
+  }
+  return devices;
+}
+
+at::Tensor state_of(at::Generator& generator) {
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  return generator.get_state();
+}
+
+void set_state(at::Generator& generator, const at::Tensor& state) {
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  generator.set_state(state);
+}
+
+/// The generators as they were in the forward, until the end of the scope.
+class RandomState {
+ public:
+  RandomState(std::vector<at::Generator>& generators, const variable_list& states) : generators_(generators) {
+    for (size_t i = 0; i < generators_.size(); ++i) {
+      before_.push_back(state_of(generators_[i]));
+      set_state(generators_[i], states[i]);
+    }
+  }
+  ~RandomState() {
+    for (size_t i = 0; i < generators_.size(); ++i) set_state(generators_[i], before_[i]);
+  }
+  RandomState(const RandomState&) = delete;
+  RandomState& operator=(const RandomState&) = delete;
+
+ private:
+  std::vector<at::Generator>& generators_;
+  variable_list before_;
+};
+
+/// Autocast as it was in the forward, until the end of the scope.
+class AutocastState {
+ public:
+  explicit AutocastState(const std::vector<AutocastOf>& states) {
+    for (const AutocastOf& state : states) {
+      before_.push_back(AutocastOf::now(state.device));
+      state.set();
+    }
+  }
+  ~AutocastState() {
+    for (const AutocastOf& state : before_) state.set();
+  }
+  AutocastState(const AutocastState&) = delete;
+  AutocastState& operator=(const AutocastState&) = delete;
+
+ private:
+  std::vector<AutocastOf> before_;
+};
+
+struct CheckpointFunctionNode : torch::autograd::Function<CheckpointFunctionNode> {
+  // The first variable makes the outputs need a gradient, for what the function captures, and owns the
+  // closure as long as the graph holds it.
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& anchor, at::TensorList arguments,
+                               Closure* closure) {
+    const variable_list inputs = arguments.vec();
+    for (const at::Device& device : devices_of(inputs)) {
+      closure->generators.push_back(at::globalContext().defaultGenerator(device));
+      closure->autocast.push_back(AutocastOf::now(device.type()));
+    }
+    variable_list saved = inputs;
+    for (at::Generator& generator : closure->generators) saved.push_back(state_of(generator));
+    variable_list outputs = closure->run(closure->all_inputs(inputs));
+    // An input handed through would be its own output in the graph.
+    for (at::Tensor& output : outputs) {
+      const bool is_input = std::any_of(inputs.begin(), inputs.end(),
+                                        [&](const at::Tensor& input) { return input.is_same(output); });
+      if (is_input) output = output.alias();
+    }
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["inputs"] = static_cast<int64_t>(inputs.size());
+    ctx->saved_data["closure"] = reinterpret_cast<int64_t>(closure);
+    ctx->set_materialize_grads(false);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "checkpoint has no gradient of its gradient; run the function without it where you need one");
+    const variable_list saved = ctx->get_saved_variables();
+    const auto count = static_cast<size_t>(ctx->saved_data["inputs"].toInt());
+    auto& closure = *reinterpret_cast<Closure*>(ctx->saved_data["closure"].toInt());
+    variable_list inputs;
+    for (size_t i = 0; i < count; ++i) {
+      inputs.push_back(saved[i].detach().set_requires_grad(saved[i].requires_grad()));
+    }
+    variable_list outputs;
+    {
+      const at::AutoGradMode grad_mode(true);
+      const RandomState random(closure.generators, variable_list(saved.begin() + count, saved.end()));
+      const AutocastState autocast(closure.autocast);
+      outputs = closure.run(closure.all_inputs(inputs));
+    }
+    TORCH_CHECK(outputs.size() == grads.size(), "checkpoint: the function returned ", grads.size(),
+                " tensors in the forward and ", outputs.size(), " when run again; expected the same");
+    variable_list roots, root_grads;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (!grads[i].defined() || !outputs[i].requires_grad()) continue;
+      roots.push_back(outputs[i]);
+      root_grads.push_back(grads[i]);
+    }
+    variable_list result(count + 2);  // none for the anchor and the closure
+    if (roots.empty()) return result;
+    torch::autograd::backward(roots, root_grads);
+    for (size_t i = 0; i < count; ++i) {
+      if (inputs[i].requires_grad()) result[i + 1] = inputs[i].grad();
+    }
+    return result;
+  }
+};
+
+}  // namespace
+
+std::vector<at::Tensor> checkpoint(CheckpointFunction function, std::vector<at::Tensor> inputs) {
+  if (!at::GradMode::is_enabled()) return function(inputs);
+  auto closure = std::make_shared<Closure>(std::move(function));
+  variable_list given;
+  for (at::Tensor& input : inputs) {
+    closure->defined.push_back(input.defined());
+    if (input.defined()) given.push_back(std::move(input));
+  }
+  Closure* const pointer = closure.get();
+  const at::Tensor anchor =
+      at::from_blob(pointer, {0}, [owner = std::move(closure)](void*) {}, at::kFloat).set_requires_grad(true);
+  return CheckpointFunctionNode::apply(anchor, at::TensorList(given), pointer);
+}
+
+}  // namespace remnant::detail
