@@ -1,3 +1,4 @@
+#include <remnant/checkpoint.h>
 #include <remnant/memory.h>
 #include <remnant/nn/transformer.h>
 
@@ -10,6 +11,7 @@
 
 #include <memory>
 #include <optional>
+#include <ostream>
 #include <tuple>
 
 namespace remnant::nn {
@@ -94,6 +96,12 @@ void check_last_dim(const Tensor& x, const char* name, const char* argument,
 constexpr const char* kEncoderName = "remnant::nn::TransformerEncoderLayer";
 constexpr const char* kDecoderName = "remnant::nn::TransformerDecoderLayer";
 
+void print_layer(std::ostream& stream, const char* name, const TransformerLayerOptions& options) {
+  stream << name << "(d_model=" << options.d_model() << ", nhead=" << options.nhead()
+         << ", dim_feedforward=" << options.dim_feedforward() << ", policy=" << options.policy().str() << ", "
+         << options.memory().str() << ")";
+}
+
 /// x + dropout(block(x)), normalised before the block (pre-norm) or after the sum (post-norm).
 template <typename Layer, typename Block>
 Tensor residual(const Layer& layer, const Tensor& x, torch::nn::LayerNorm& norm,
@@ -101,6 +109,13 @@ Tensor residual(const Layer& layer, const Tensor& x, torch::nn::LayerNorm& norm,
   const LayerMemory& memory = layer.options.memory();
   if (layer.options.norm_first()) return x + drop(dropout, block(norm(x)), memory);
   return norm(x + drop(dropout, block(x), memory));
+}
+
+/// body(x...), or under a layer that keeps its inputs alone a checkpoint of it.
+template <typename Layer, typename Body, typename... Inputs>
+Tensor run_layer(const Layer& layer, const Body& body, const Inputs&... inputs) {
+  if (layer.options.memory().checkpoint && layer.is_training()) return remnant::checkpoint(body, inputs...);
+  return body(inputs...);
 }
 
 std::optional<Tensor> optional(const Tensor& x) { return x.defined() ? std::make_optional(x) : std::nullopt; }
@@ -152,10 +167,24 @@ Tensor TransformerEncoderLayerImpl::forward(const Tensor& src, const Tensor& src
                                             const Tensor& src_key_padding_mask, bool is_causal) {
   const memory::LayerScope scope(this);
   check_last_dim(src, kEncoderName, "src", options);
-  const Tensor x = residual(*this, src, norm1, dropout1, [&](const Tensor& y) {
-    return std::get<0>(self_attn(y, y, y, src_key_padding_mask, false, src_mask, true, is_causal));
-  });
-  return residual(*this, x, norm2, dropout2, [&](const Tensor& y) { return feed_forward_block(*this, y); });
+  // A checkpoint outlives this call, and so must all it reads: the masks, and the layer where somebody owns
+  // it.
+  const auto body = [=, this, owner = weak_from_this().lock()](const Tensor& input) {
+    const Tensor x = residual(*this, input, norm1, dropout1, [&](const Tensor& y) {
+      return std::get<0>(self_attn(y, y, y, src_key_padding_mask, false, src_mask, true, is_causal));
+    });
+    return residual(*this, x, norm2, dropout2, [&](const Tensor& y) { return feed_forward_block(*this, y); });
+  };
+  return run_layer(*this, body, src);
+}
+
+void TransformerEncoderLayerImpl::set_memory(const LayerMemory& memory) {
+  options.memory(memory);
+  self_attn->options.keep(memory.attention);
+}
+
+void TransformerEncoderLayerImpl::pretty_print(std::ostream& stream) const {
+  print_layer(stream, kEncoderName, options);
 }
 
 TransformerDecoderLayerImpl::TransformerDecoderLayerImpl(const TransformerLayerOptions& options_in)
@@ -179,6 +208,16 @@ void TransformerDecoderLayerImpl::reset() {
   dropout3 = register_module("dropout3", make_dropout(options));
 }
 
+void TransformerDecoderLayerImpl::set_memory(const LayerMemory& memory) {
+  options.memory(memory);
+  self_attn->options.keep(memory.attention);
+  multihead_attn->options.keep(memory.attention);
+}
+
+void TransformerDecoderLayerImpl::pretty_print(std::ostream& stream) const {
+  print_layer(stream, kDecoderName, options);
+}
+
 Tensor TransformerDecoderLayerImpl::forward(const Tensor& tgt, const Tensor& memory, const Tensor& tgt_mask,
                                             const Tensor& memory_mask, const Tensor& tgt_key_padding_mask,
                                             const Tensor& memory_key_padding_mask, bool tgt_is_causal,
@@ -186,15 +225,18 @@ Tensor TransformerDecoderLayerImpl::forward(const Tensor& tgt, const Tensor& mem
   const remnant::memory::LayerScope scope(this);
   check_last_dim(tgt, kDecoderName, "tgt", options);
   check_last_dim(memory, kDecoderName, "memory", options);
-  return decode(
-      *this, tgt,
-      [&](const Tensor& x) {
-        return std::get<0>(self_attn(x, x, x, tgt_key_padding_mask, false, tgt_mask, true, tgt_is_causal));
-      },
-      [&](const Tensor& x) {
-        return std::get<0>(multihead_attn(x, memory, memory, memory_key_padding_mask, false, memory_mask,
-                                          true, memory_is_causal));
-      });
+  const auto body = [=, this, owner = weak_from_this().lock()](const Tensor& target, const Tensor& source) {
+    return decode(
+        *this, target,
+        [&](const Tensor& x) {
+          return std::get<0>(self_attn(x, x, x, tgt_key_padding_mask, false, tgt_mask, true, tgt_is_causal));
+        },
+        [&](const Tensor& x) {
+          return std::get<0>(multihead_attn(x, source, source, memory_key_padding_mask, false, memory_mask,
+                                            true, memory_is_causal));
+        });
+  };
+  return run_layer(*this, body, tgt, memory);
 }
 
 Tensor TransformerDecoderLayerImpl::forward_cached(const Tensor& tgt, const Tensor& memory,

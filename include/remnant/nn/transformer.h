@@ -1,6 +1,7 @@
 #pragma once
 
 #include <remnant/nn/attention.h>
+#include <remnant/plan.h>
 
 #include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/normalization.h>
@@ -29,12 +30,17 @@ struct REMNANT_API TransformerLayerOptions {
 };
 
 /// torch.nn.TransformerEncoderLayer: parameters self_attn.*, linear1.*, linear2.*, norm1.*, norm2.*.
-class REMNANT_API TransformerEncoderLayerImpl : public torch::nn::Cloneable<TransformerEncoderLayerImpl> {
+class REMNANT_API TransformerEncoderLayerImpl : public torch::nn::Cloneable<TransformerEncoderLayerImpl>,
+                                                public KeepsByChoice {
  public:
   TransformerEncoderLayerImpl(int64_t d_model, int64_t nhead)
       : TransformerEncoderLayerImpl(TransformerLayerOptions(d_model, nhead)) {}
   explicit TransformerEncoderLayerImpl(const TransformerLayerOptions& options);
   void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  /// Changes what the layer keeps from the next forward on; weights stay.
+  void set_memory(const LayerMemory& memory) override;
+  const LayerMemory& memory() const override { return options.memory(); }
   /// src [S, B, E] ([B, S, E] with batch_first); masks as in MultiheadAttention. Same shape out.
   at::Tensor forward(const at::Tensor& src, const at::Tensor& src_mask = {},
                      const at::Tensor& src_key_padding_mask = {}, bool is_causal = false);
@@ -53,12 +59,17 @@ struct REMNANT_API DecoderCache {
 };
 
 /// torch.nn.TransformerDecoderLayer: self_attn.*, multihead_attn.*, linear1.*, linear2.*, norm1..3.*.
-class REMNANT_API TransformerDecoderLayerImpl : public torch::nn::Cloneable<TransformerDecoderLayerImpl> {
+class REMNANT_API TransformerDecoderLayerImpl : public torch::nn::Cloneable<TransformerDecoderLayerImpl>,
+                                                public KeepsByChoice {
  public:
   TransformerDecoderLayerImpl(int64_t d_model, int64_t nhead)
       : TransformerDecoderLayerImpl(TransformerLayerOptions(d_model, nhead)) {}
   explicit TransformerDecoderLayerImpl(const TransformerLayerOptions& options);
   void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  /// Changes what the layer keeps from the next forward on; weights stay.
+  void set_memory(const LayerMemory& memory) override;
+  const LayerMemory& memory() const override { return options.memory(); }
   /// tgt [T, B, E], memory [S, B, E] ([B, T, E], [B, S, E] with batch_first); masks as in
   /// MultiheadAttention, the tgt_ ones for self_attn, the memory_ ones for multihead_attn. tgt's shape out.
   at::Tensor forward(const at::Tensor& tgt, const at::Tensor& memory, const at::Tensor& tgt_mask = {},

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <remnant/export.h>
+#include <remnant/setting.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace torch::nn {
+class Module;
+}
+
+namespace remnant {
+
+/// Gives every layer of `model` that knows settings (remnant::nn's Transformer layers, at any depth) this
+/// one. Weights stay as they are. Returns how many layers that were. Throws c10::Error for a budget, which
+/// needs `plan`.
+REMNANT_API int64_t set_memory(torch::nn::Module& model, const LayerMemory& memory);
+
+/// One layer's part in a plan.
+struct REMNANT_API PlannedLayer {
+  std::string name;  ///< its path in the model
+  LayerMemory memory;
+  int64_t kept_bytes = 0;   ///< what it keeps by itself, predicted
+  double milliseconds = 0;  ///< what its choice adds to a step over the fastest one, predicted
+};
+
+struct REMNANT_API Plan {
+  std::vector<PlannedLayer> layers;
+  int64_t budget_bytes = 0;
+  /// Of a step: kept at the end of the forward, the peak, and its time, as put together from what each choice
+  /// did in every layer at once; and as they were when the chosen mixture ran.
+  int64_t predicted_kept_bytes = 0, predicted_peak_bytes = 0;
+  int64_t measured_kept_bytes = 0, measured_peak_bytes = 0;
+  double predicted_ms = 0, measured_ms = 0;
+  /// For people: layers that chose alike in one row, and predicted against measured.
+  std::string table() const;
+};
+
+/// Chooses for each layer of `model` what it keeps, so that a step's peak beyond parameters, gradients and
+/// optimizer state fits `budget_bytes` at the least time, and sets it. Gradients equal eager's up to
+/// rounding.
+///
+/// loss() runs the model's forward on example inputs and returns the scalar to differentiate. It is called,
+/// and its backward, about 25 times: each choice in every layer at once for its bytes and time, then the
+/// mixture. The model's gradients and the CPU generator's state are as before afterwards. Run it on an
+/// otherwise idle machine, with inputs of the largest shape that training will see.
+///
+/// Throws c10::Error when no layer of the model knows settings, and when nothing fits: with the smallest
+/// budget that does; the model is then as it was.
+REMNANT_API Plan plan(torch::nn::Module& model, const std::function<at::Tensor()>& loss,
+                      int64_t budget_bytes);
+
+namespace nn {
+
+/// What layers derive from that know settings.
+class REMNANT_API KeepsByChoice {
+ public:
+  virtual ~KeepsByChoice() = default;
+  virtual const LayerMemory& memory() const = 0;
+  virtual void set_memory(const LayerMemory& memory) = 0;
+};
+
+}  // namespace nn
+
+}  // namespace remnant

@@ -1,0 +1,295 @@
+#include <remnant/memory.h>
+#include <remnant/plan.h>
+
+#include <ATen/Context.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstdio>
+#include <limits>
+#include <map>
+#include <sstream>
+
+namespace remnant {
+namespace {
+
+using at::Tensor;
+
+struct Layer {
+  std::string name;
+  nn::KeepsByChoice* module;
+};
+
+std::vector<Layer> layers_of(torch::nn::Module& model) {
+  std::vector<Layer> layers;
+  for (const auto& item : model.named_modules("", /*include_self=*/true)) {
+    if (auto* module = dynamic_cast<nn::KeepsByChoice*>(item.value().get())) {
+      layers.push_back({item.key(), module});
+    }
+  }
+  return layers;
+}
+
+/// Every gradient is exact; from the fastest to the smallest.
+std::vector<LayerMemory> candidates() {
+  LayerMemory fastest;
+  fastest.norm_input = false;
+  LayerMemory no_hidden = fastest;
+  no_hidden.hidden = false;
+  LayerMemory output = no_hidden;
+  output.attention = AttentionKeep::output;
+  LayerMemory input = no_hidden;
+  input.attention = AttentionKeep::input;
+  LayerMemory checkpoint = input;
+  checkpoint.checkpoint = true;
+  return {fastest, no_hidden, output, input, checkpoint};
+}
+
+struct Measurement {
+  std::vector<int64_t> kept_by_layer;
+  int64_t kept = 0, peak = 0;
+  double milliseconds = 0;
+};
+
+/// Puts gradients and random state back at the end of the scope; until then gradients are zeros that exist,
+/// so that no peak counts them.
+class Untouched {
+ public:
+  explicit Untouched(torch::nn::Module& model)
+      : generator_(at::globalContext().defaultGenerator(at::kCPU)), random_(generator_.get_state()) {
+    for (Tensor& parameter : model.parameters()) {
+      if (!parameter.requires_grad()) continue;
+      parameters_.push_back(parameter);
+      gradients_.push_back(parameter.grad());
+      parameter.mutable_grad() = at::zeros_like(parameter).detach();
+    }
+  }
+  ~Untouched() {
+    for (size_t i = 0; i < parameters_.size(); ++i) parameters_[i].mutable_grad() = gradients_[i];
+    generator_.set_state(random_);
+  }
+  Untouched(const Untouched&) = delete;
+  Untouched& operator=(const Untouched&) = delete;
+
+ private:
+  at::Generator generator_;
+  Tensor random_;
+  std::vector<Tensor> parameters_, gradients_;
+};
+
+bool inside(const std::string& layer, const std::string& name) {
+  return layer == name || layer.starts_with(name + ".");
+}
+
+Measurement measure(torch::nn::Module& model, const std::vector<Layer>& layers,
+                    const std::function<Tensor()>& loss, memory::PeakMeter& meter) {
+  constexpr int steps = 4;
+  Measurement result;
+  std::array<double, steps> times{};
+  for (int i = 0; i < steps; ++i) {
+    meter.reset();
+    const auto start = std::chrono::steady_clock::now();
+    loss().backward();
+    times.at(i) = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    result.peak = meter.peak_bytes();
+  }
+  std::sort(times.begin(), times.end());
+  result.milliseconds = times[1];  // of few: the second fastest
+
+  const memory::Recorder recorder(&model);
+  const Tensor output = loss();
+  const memory::Report report = recorder.report({output}, {output});
+  result.kept = report.kept_bytes;
+  result.kept_by_layer.assign(layers.size(), 0);
+  for (const memory::SavedRow& row : report.rows) {
+    for (size_t l = 0; l < layers.size(); ++l) {
+      if (inside(row.layer, layers[l].name)) {
+        result.kept_by_layer[l] += row.kept_bytes;
+        break;
+      }
+    }
+  }
+  return result;
+}
+
+/// What each choice did when every layer took it, and what a mixture should do.
+class Model {
+ public:
+  explicit Model(std::vector<Measurement> measured) : measured_(std::move(measured)) {
+    const Measurement& first = measured_.front();
+    int64_t all = 0;
+    for (const int64_t kept : first.kept_by_layer) all += kept;
+    for (const int64_t kept : first.kept_by_layer) {
+      share_.push_back(all > 0 ? static_cast<double>(kept) / static_cast<double>(all) : 0.0);
+    }
+    outside_ = first.kept - all;
+  }
+
+  size_t layers() const { return share_.size(); }
+  size_t choices() const { return measured_.size(); }
+  int64_t kept(size_t layer, size_t choice) const { return measured_[choice].kept_by_layer[layer]; }
+  double added_ms(size_t layer, size_t choice) const {
+    return (measured_[choice].milliseconds - measured_[0].milliseconds) * share_[layer];
+  }
+
+  int64_t kept(const std::vector<size_t>& chosen) const {
+    int64_t sum = outside_;
+    for (size_t l = 0; l < chosen.size(); ++l) sum += kept(l, chosen[l]);
+    return sum;
+  }
+  /// The backward goes from the last layer to the first: at each, what that layer needs comes on top of what
+  /// it and the layers below it keep.
+  int64_t peak(const std::vector<size_t>& chosen) const {
+    int64_t below = outside_, highest = 0;
+    for (size_t l = 0; l < chosen.size(); ++l) {
+      const Measurement& alike = measured_[chosen[l]];
+      below += kept(l, chosen[l]);
+      highest = std::max(highest, below + alike.peak - alike.kept);
+    }
+    return highest;
+  }
+  double milliseconds(const std::vector<size_t>& chosen) const {
+    double sum = measured_[0].milliseconds;
+    for (size_t l = 0; l < chosen.size(); ++l) sum += added_ms(l, chosen[l]);
+    return sum;
+  }
+
+ private:
+  std::vector<Measurement> measured_;
+  std::vector<double> share_;  // of a layer in all that a choice costs
+  int64_t outside_ = 0;        // kept beside the layers
+};
+
+/// From the fastest: the change that saves most of the peak for its time, until `budget` holds; as small as
+/// it gets where it never does.
+std::vector<size_t> choose(const Model& model, int64_t budget) {
+  std::vector<size_t> chosen(model.layers(), 0);
+  while (model.peak(chosen) > budget) {
+    double best = -1;
+    std::vector<size_t> next;
+    for (size_t l = 0; l < model.layers(); ++l) {
+      for (size_t c = 0; c < model.choices(); ++c) {
+        if (model.kept(l, c) >= model.kept(l, chosen[l])) continue;
+        std::vector<size_t> changed = chosen;
+        changed[l] = c;
+        // Bytes of the layer stand in where the peak moves only once other layers follow.
+        const auto peak = static_cast<double>(model.peak(chosen) - model.peak(changed));
+        const auto own = static_cast<double>(model.kept(l, chosen[l]) - model.kept(l, c));
+        const double saved = std::max(peak, 0.5 * own);
+        const double cost = std::max(model.added_ms(l, c) - model.added_ms(l, chosen[l]), 1e-3);
+        if (saved / cost > best) {
+          best = saved / cost;
+          next = std::move(changed);
+        }
+      }
+    }
+    if (next.empty()) break;
+    chosen = std::move(next);
+  }
+  return chosen;
+}
+
+std::string megabytes(int64_t bytes) {
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), "%.1f MB", static_cast<double>(bytes) / 1e6);
+  return text.data();
+}
+
+}  // namespace
+
+int64_t set_memory(torch::nn::Module& model, const LayerMemory& memory) {
+  const std::vector<Layer> layers = layers_of(model);
+  for (const Layer& layer : layers) layer.module->set_memory(memory);
+  return static_cast<int64_t>(layers.size());
+}
+
+Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t budget_bytes) {
+  TORCH_CHECK(budget_bytes > 0, "plan: budget_bytes must be positive, got ", budget_bytes);
+  const std::vector<Layer> layers = layers_of(model);
+  TORCH_CHECK(
+      !layers.empty(),
+      "plan: no layer of the model knows memory settings; build it of remnant::nn's Transformer layers");
+  const Untouched untouched(model);
+  std::vector<LayerMemory> before;
+  before.reserve(layers.size());
+  for (const Layer& layer : layers) before.push_back(layer.module->memory());
+  memory::PeakMeter meter;
+  const std::vector<LayerMemory> choices = candidates();
+  const auto apply = [&](const std::vector<size_t>& chosen) {
+    for (size_t l = 0; l < layers.size(); ++l) layers[l].module->set_memory(choices[chosen[l]]);
+  };
+  try {
+    std::vector<Measurement> measured;
+    for (size_t c = 0; c < choices.size(); ++c) {
+      apply(std::vector<size_t>(layers.size(), c));
+      measured.push_back(measure(model, layers, loss, meter));
+    }
+    int64_t smallest = std::numeric_limits<int64_t>::max();
+    for (const Measurement& each : measured) smallest = std::min(smallest, each.peak);
+    const Model costs(std::move(measured));
+    // The mixture has the last word: where it needs more than the sum of its parts said, the aim is lowered.
+    int64_t aim = budget_bytes;
+    constexpr int attempts = 4;
+    for (int attempt = 0; attempt < attempts; ++attempt) {
+      const std::vector<size_t> chosen = choose(costs, aim);
+      apply(chosen);
+      const Measurement mixture = measure(model, layers, loss, meter);
+      smallest = std::min(smallest, mixture.peak);
+      if (mixture.peak > budget_bytes) {
+        aim -= mixture.peak - budget_bytes;
+        continue;
+      }
+      Plan result;
+      for (size_t l = 0; l < layers.size(); ++l) {
+        result.layers.push_back(
+            {layers[l].name, choices[chosen[l]], costs.kept(l, chosen[l]), costs.added_ms(l, chosen[l])});
+      }
+      result.budget_bytes = budget_bytes;
+      result.predicted_kept_bytes = costs.kept(chosen);
+      result.predicted_peak_bytes = costs.peak(chosen);
+      result.predicted_ms = costs.milliseconds(chosen);
+      result.measured_kept_bytes = mixture.kept;
+      result.measured_peak_bytes = mixture.peak;
+      result.measured_ms = mixture.milliseconds;
+      return result;
+    }
+    TORCH_CHECK(false, "plan: no choice of what layers keep fits a budget of ", megabytes(budget_bytes),
+                "; the smallest peak found for these inputs is ", megabytes(smallest),
+                ": raise the budget, or make the batch smaller");
+  } catch (...) {
+    for (size_t l = 0; l < layers.size(); ++l) layers[l].module->set_memory(before[l]);
+    throw;
+  }
+}
+
+std::string Plan::table() const {
+  std::ostringstream text;
+  for (size_t first = 0; first < layers.size();) {
+    size_t last = first;
+    int64_t kept = 0;
+    double milliseconds = 0;
+    for (; last < layers.size() && layers[last].memory == layers[first].memory; ++last) {
+      kept += layers[last].kept_bytes;
+      milliseconds += layers[last].milliseconds;
+    }
+    text << layers[first].name;
+    if (last - first > 1) text << " to " << layers[last - 1].name;
+    std::array<char, 32> added{};
+    std::snprintf(added.data(), added.size(), "%+.1f ms", milliseconds);
+    text << "  " << layers[first].memory.str() << "  " << megabytes(kept) << "  " << added.data() << "\n";
+    first = last;
+  }
+  std::array<char, 256> line{};
+  std::snprintf(line.data(), line.size(),
+                "kept %s (predicted %s), peak %s (predicted %s) of %s, step %.0f ms (predicted %.0f ms)\n",
+                megabytes(measured_kept_bytes).c_str(), megabytes(predicted_kept_bytes).c_str(),
+                megabytes(measured_peak_bytes).c_str(), megabytes(predicted_peak_bytes).c_str(),
+                megabytes(budget_bytes).c_str(), measured_ms, predicted_ms);
+  text << line.data();
+  return text.str();
+}
+
+}  // namespace remnant
