@@ -95,6 +95,18 @@ Tensor residual(const Tensor& x, torch::nn::LayerNorm& norm, bool norm_first, co
   return norm_first ? x + block(norm(x)) : norm(x + block(x));
 }
 
+/// The encoder layer with its attention given as a function of its input.
+template <typename SelfAttention>
+Tensor encode(TransformerEncoderLayerImpl& layer, const Tensor& src, const SelfAttention& self_attention) {
+  const bool norm_first = layer.options.norm_first();
+  const Tensor x = residual(src, layer.norm1, norm_first,
+                            [&](const Tensor& y) { return drop(layer.dropout1, self_attention(y)); });
+  return residual(x, layer.norm2, norm_first, [&](const Tensor& y) {
+    const Tensor hidden = activate(layer.linear1(y), layer.options.activation());
+    return drop(layer.dropout2, layer.linear2(drop(layer.dropout, hidden)));
+  });
+}
+
 /// The decoder layer with its two attentions given as functions of their input.
 template <typename SelfAttention, typename CrossAttention>
 Tensor decode(TransformerDecoderLayerImpl& layer, const Tensor& tgt, const SelfAttention& self_attention,
@@ -134,14 +146,15 @@ Tensor TransformerEncoderLayerImpl::forward(const Tensor& src, const Tensor& src
                                             const Tensor& src_key_padding_mask, bool is_causal) {
   const memory::LayerScope scope(this);
   check_last_dim(src, kEncoderName, "src", options);
-  const bool norm_first = options.norm_first();
-  const Tensor x = residual(src, norm1, norm_first, [&](const Tensor& y) {
-    return drop(dropout1,
-                std::get<0>(self_attn(y, y, y, src_key_padding_mask, false, src_mask, true, is_causal)));
+  return encode(*this, src, [&](const Tensor& x) {
+    return std::get<0>(self_attn(x, x, x, src_key_padding_mask, false, src_mask, true, is_causal));
   });
-  return residual(x, norm2, norm_first, [&](const Tensor& y) {
-    return drop(dropout2, linear2(drop(dropout, activate(linear1(y), options.activation()))));
-  });
+}
+
+Tensor TransformerEncoderLayerImpl::forward_cached(const Tensor& src, KeyValueCache& cache) {
+  const memory::LayerScope scope(this);
+  check_last_dim(src, kEncoderName, "src", options);
+  return encode(*this, src, [&](const Tensor& x) { return self_attn->forward_self_cached(x, cache); });
 }
 
 TransformerDecoderLayerImpl::TransformerDecoderLayerImpl(const TransformerLayerOptions& options_in)
