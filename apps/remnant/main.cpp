@@ -1,7 +1,6 @@
 #include "common/error.h"
 #include "common/run_folder.h"
 #include "translate/command.h"
-#include "translate/decode.h"
 
 #include <c10/util/Exception.h>
 #include <CLI/CLI.hpp>
@@ -91,7 +90,7 @@ int main(int argc, char** argv) {
     const int code = action();
     if (!std::cout.flush()) return fail("cannot write to standard output", kFailed);
     return code;
-  } catch (const remnant::app::translate::Interrupted&) {
+  } catch (const remnant::app::Interrupted&) {
     return Interrupt::exit_code();
   } catch (const UsageError& error) {
     return fail(error.what(), kUsage);

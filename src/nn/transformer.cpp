@@ -133,6 +133,14 @@ Tensor feed_forward_block(Layer& layer, const Tensor& x) {
                                layer.dropout->is_training() ? layer.dropout->options.p() : 0.0);
 }
 
+/// The encoder layer with its attention given as a function of its input.
+template <typename SelfAttention>
+Tensor encode(TransformerEncoderLayerImpl& layer, const Tensor& src, const SelfAttention& self_attention) {
+  const Tensor x = residual(layer, src, layer.norm1, layer.dropout1, self_attention);
+  return residual(layer, x, layer.norm2, layer.dropout2,
+                  [&](const Tensor& y) { return feed_forward_block(layer, y); });
+}
+
 /// The decoder layer with its two attentions given as functions of their input.
 template <typename SelfAttention, typename CrossAttention>
 Tensor decode(TransformerDecoderLayerImpl& layer, const Tensor& tgt, const SelfAttention& self_attention,
@@ -170,10 +178,9 @@ Tensor TransformerEncoderLayerImpl::forward(const Tensor& src, const Tensor& src
   // A checkpoint outlives this call, and so must all it reads: the masks, and the layer where somebody owns
   // it.
   const auto body = [=, this, owner = weak_from_this().lock()](const Tensor& input) {
-    const Tensor x = residual(*this, input, norm1, dropout1, [&](const Tensor& y) {
-      return std::get<0>(self_attn(y, y, y, src_key_padding_mask, false, src_mask, true, is_causal));
+    return encode(*this, input, [&](const Tensor& x) {
+      return std::get<0>(self_attn(x, x, x, src_key_padding_mask, false, src_mask, true, is_causal));
     });
-    return residual(*this, x, norm2, dropout2, [&](const Tensor& y) { return feed_forward_block(*this, y); });
   };
   return run_layer(*this, body, src);
 }
@@ -185,6 +192,12 @@ void TransformerEncoderLayerImpl::set_memory(const LayerMemory& memory) {
 
 void TransformerEncoderLayerImpl::pretty_print(std::ostream& stream) const {
   print_layer(stream, kEncoderName, options);
+}
+
+Tensor TransformerEncoderLayerImpl::forward_cached(const Tensor& src, KeyValueCache& cache) {
+  const memory::LayerScope scope(this);
+  check_last_dim(src, kEncoderName, "src", options);
+  return encode(*this, src, [&](const Tensor& x) { return self_attn->forward_self_cached(x, cache); });
 }
 
 TransformerDecoderLayerImpl::TransformerDecoderLayerImpl(const TransformerLayerOptions& options_in)

@@ -15,6 +15,7 @@ using at::Tensor;
 using remnant::Policy;
 using remnant::nn::Activation;
 using remnant::nn::DecoderCache;
+using remnant::nn::KeyValueCache;
 using remnant::nn::TransformerDecoderLayer;
 using remnant::nn::TransformerEncoderLayer;
 using remnant::nn::TransformerLayerOptions;
@@ -319,6 +320,35 @@ TEST(TransformerLayer, CachedDecodingEqualsForward) {
   }
 }
 
+TEST(TransformerLayer, CachedEncodingEqualsCausalForward) {
+  for (const bool norm_first : {false, true}) {
+    for (const bool batch_first : {false, true}) {
+      SCOPED_TRACE(testing::Message() << "norm_first " << norm_first << ", batch_first " << batch_first);
+      torch::manual_seed(8);
+      auto layer = TransformerEncoderLayer(layer_options()
+                                               .dropout(0.2)
+                                               .norm_first(norm_first)
+                                               .batch_first(batch_first)
+                                               .activation(Activation::gelu));
+      layer->to(at::kDouble);
+      randomize_parameters(*layer);
+      layer->eval();
+      const torch::NoGradGuard no_grad;
+      const Tensor src = torch::randn({kBatch, kSource, kModel}, at::kDouble);
+      const auto swap = [&](const Tensor& x) { return batch_first ? x : x.transpose(0, 1); };
+      const Tensor full = swap(layer(swap(src), Tensor(), Tensor(), /*is_causal=*/true));
+      KeyValueCache cache;
+      // Several positions at once, then one by one.
+      expect_close(layer->forward_cached(src.narrow(1, 0, 3), cache), full.narrow(1, 0, 3),
+                   "the first three");
+      for (int64_t i = 3; i < kSource; ++i) {
+        expect_close(layer->forward_cached(src.narrow(1, i, 1), cache), full.narrow(1, i, 1),
+                     "position " + std::to_string(i));
+      }
+    }
+  }
+}
+
 TEST(TransformerLayer, SelectedCacheRowsContinueTheirSentence) {
   torch::manual_seed(8);
   auto layer = TransformerDecoderLayer(layer_options());
@@ -346,6 +376,12 @@ TEST(TransformerLayer, ErrorsNameTheArgument) {
   const Tensor good = torch::zeros({kSource, kBatch, kModel}), bad = torch::zeros({kSource, kBatch, 7});
   expect_error([&] { encoder(bad); },
                {"TransformerEncoderLayer", "src's last dimension", "d_model = 8", "[6, 3, 7]"});
+  expect_error(
+      [&] {
+        KeyValueCache cache;
+        encoder->forward_cached(bad, cache);
+      },
+      {"TransformerEncoderLayer", "src's last dimension", "[6, 3, 7]"});
   expect_error([&] { decoder(bad, good); }, {"TransformerDecoderLayer", "tgt's last dimension", "[6, 3, 7]"});
   expect_error([&] { decoder(good, bad); }, {"memory's last dimension", "[6, 3, 7]"});
   expect_error([] { TransformerEncoderLayer(TransformerLayerOptions(10, 3)); }, {"multiple of num_heads"});

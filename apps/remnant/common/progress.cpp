@@ -69,11 +69,7 @@ std::string first_columns(const std::string& text, int64_t limit) {
   return text.substr(0, end);
 }
 
-std::string with_decimals(double value, const char* unit) {
-  char text[64];
-  std::snprintf(text, sizeof text, "%.1f %s", value, unit);
-  return text;
-}
+std::string with_decimals(double value, const char* unit) { return format_fixed(value, 1) + " " + unit; }
 
 }  // namespace
 
@@ -96,6 +92,10 @@ Interrupt::~Interrupt() {
 bool Interrupt::requested() { return interrupt_signal != 0; }
 
 int Interrupt::exit_code() { return requested() ? 128 + interrupt_signal : 0; }
+
+void stop_if_interrupted() {
+  if (Interrupt::requested()) throw Interrupted();
+}
 
 std::string progress_line(const std::string& label, int64_t step, int64_t total,
                           const std::vector<std::string>& fields, double seconds_left, int64_t width) {
@@ -172,6 +172,12 @@ void Progress::clear() {
   write_to_stderr("\r\033[K");
   line_shown_ = false;
   last_draw_ = {};  // what was cleared comes back with the next update
+}
+
+std::string format_fixed(double value, int digits) {
+  char text[400];  // the largest double has 309 digits before the point
+  std::snprintf(text, sizeof text, "%.*f", digits, value);
+  return text;
 }
 
 std::string format_bytes(int64_t bytes) {

@@ -88,6 +88,10 @@ class Interrupt {
   static int exit_code();  ///< 130 or 143; 0 when nothing was requested
 };
 
+/// Thrown between batches once a signal asked the program to stop.
+struct Interrupted {};
+void stop_if_interrupted();
+
 /// A line that is redrawn on a terminal and a plain line now and then elsewhere (or with NO_COLOR /
 /// TERM=dumb: no colour, no redraw). Writes to standard error.
 class Progress {
@@ -113,7 +117,8 @@ class Progress {
 std::string progress_line(const std::string& label, int64_t step, int64_t total,
                           const std::vector<std::string>& fields, double seconds_left, int64_t width);
 
-std::string format_bytes(int64_t bytes);      ///< "45.1 MB" (powers of 1000)
-std::string format_duration(double seconds);  ///< "3 min 20 s"
+std::string format_bytes(int64_t bytes);             ///< "45.1 MB" (powers of 1000)
+std::string format_duration(double seconds);         ///< "3 min 20 s"
+std::string format_fixed(double value, int digits);  ///< that many digits after the point
 
 }  // namespace remnant::app

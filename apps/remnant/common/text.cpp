@@ -90,33 +90,25 @@ std::string gunzip(const std::string& packed, const fs::path& file) {
   }
 }
 
-bool is_utf8(std::string_view text) {
-  const char* bytes = text.data();
-  for (size_t i = 0; i < text.size();) {
-    if (static_cast<unsigned char>(bytes[i]) < 0x80) {
-      ++i;
-      continue;
+/// Every byte is the code point of its number.
+std::string from_latin1(std::string_view bytes) {
+  std::string text;
+  text.reserve(bytes.size());
+  for (const char c : bytes) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte < 0x80) {
+      text += c;
+    } else {
+      text += static_cast<char>(0xc0 | byte >> 6);
+      text += static_cast<char>(0x80 | (byte & 0x3f));
     }
-    UChar32 c = 0;
-    U8_NEXT(bytes, i, text.size(), c);
-    if (c < 0) return false;
   }
-  return true;
+  return text;
 }
 
 // White space, control and formatting characters. Code points that this ICU does not know yet (new
 // emoji, say) are text.
 bool is_blank(UChar32 c) { return (U_GET_GC_MASK(c) & (U_GC_Z_MASK | U_GC_CC_MASK | U_GC_CF_MASK)) != 0; }
-
-// True when tokenize() would find something to keep.
-bool has_word(std::string_view sentence) {
-  for (size_t i = 0; i < sentence.size();) {
-    UChar32 c = 0;
-    U8_NEXT(sentence.data(), i, sentence.size(), c);
-    if (c < 0 || !is_blank(c)) return true;
-  }
-  return false;
-}
 
 // ---- A corpus folder ----
 
@@ -225,25 +217,84 @@ bool ends_with_digit(std::string_view word) {
 
 }  // namespace
 
-std::vector<std::string> read_lines(const fs::path& file) {
+bool is_utf8(std::string_view text) {
+  const char* bytes = text.data();
+  for (size_t i = 0; i < text.size();) {
+    if (static_cast<unsigned char>(bytes[i]) < 0x80) {
+      ++i;
+      continue;
+    }
+    UChar32 c = 0;
+    U8_NEXT(bytes, i, text.size(), c);
+    if (c < 0) return false;
+  }
+  return true;
+}
+
+int64_t characters(std::string_view text) {
+  return std::count_if(text.begin(), text.end(),
+                       [](char c) { return (static_cast<unsigned char>(c) & 0xc0) != 0x80; });
+}
+
+std::string repair_utf8(std::string_view text) {
+  std::string repaired;
+  icu::UnicodeString::fromUTF8(icu::StringPiece(text.data(), static_cast<int32_t>(text.size())))
+      .toUTF8String(repaired);
+  return repaired;
+}
+
+std::string fingerprint(std::string_view bytes) {
+  uint64_t hash = 14695981039346656037u;
+  for (const char c : bytes) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
+  return text;
+}
+
+Encoding parse_encoding(const std::string& name) {
+  if (name == "utf-8") return Encoding::utf8_unless_told;
+  if (name == "latin-1") return Encoding::latin1;
+  throw UsageError("--encoding should be utf-8 or latin-1, got '" + name + "'");
+}
+
+std::string read_text(const fs::path& file, Encoding encoding) {
   std::string content = read_bytes(file);
   if (is_gzip(content)) content = gunzip(content, file);
-  std::string_view rest = content;
-  if (rest.starts_with("\xef\xbb\xbf")) rest.remove_prefix(3);
+  if (encoding == Encoding::latin1) return from_latin1(content);
+  if (content.starts_with("\xef\xbb\xbf")) content.erase(0, 3);
+  if (is_utf8(content)) return content;
+  int64_t line = 1;
+  for (size_t begin = 0; begin < content.size(); ++line) {
+    const size_t end = std::min(content.find('\n', begin), content.size());
+    if (!is_utf8(std::string_view(content).substr(begin, end - begin))) break;
+    begin = end + 1;
+  }
+  throw Error("line " + std::to_string(line) + " of " + quoted(file) +
+              " is not valid UTF-8; convert the file to UTF-8 (for example with iconv)" +
+              (encoding == Encoding::utf8 ? "" : " or, if it is ISO 8859-1, pass --encoding latin-1"));
+}
 
+std::vector<std::string> read_lines(const fs::path& file, Encoding encoding) {
+  const std::string content = read_text(file, encoding);
+  std::string_view rest = content;
   std::vector<std::string> lines;
   while (!rest.empty()) {
     const size_t newline = rest.find('\n');
     std::string_view line = rest.substr(0, newline);
     rest.remove_prefix(newline == std::string_view::npos ? rest.size() : newline + 1);
     if (line.ends_with('\r')) line.remove_suffix(1);
-    if (!is_utf8(line)) {
-      throw Error("line " + std::to_string(lines.size() + 1) + " of " + quoted(file) +
-                  " is not valid UTF-8; convert the file to UTF-8 (for example with iconv)");
-    }
     lines.emplace_back(line);
   }
   return lines;
+}
+
+bool has_word(std::string_view sentence) {
+  for (size_t i = 0; i < sentence.size();) {
+    UChar32 c = 0;
+    U8_NEXT(sentence.data(), i, sentence.size(), c);
+    if (c < 0 || !is_blank(c)) return true;
+  }
+  return false;
 }
 
 ParallelText read_parallel(const fs::path& dir, const std::string& split, const std::string& source_language,
@@ -289,6 +340,15 @@ std::vector<std::string> tokenize(std::string_view sentence, const std::string& 
     if (start < end) text.tempSubStringBetween(start, end).toUTF8String(words.emplace_back());
   }
   return words;
+}
+
+std::string join_words(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) {
+    if (!text.empty()) text += ' ';
+    text += word;
+  }
+  return text;
 }
 
 std::string detokenize(const std::vector<std::string>& words) {
@@ -349,7 +409,8 @@ std::string detokenize(const std::vector<std::string>& words) {
 
 // ---- Vocabulary ----
 
-Vocabulary Vocabulary::build(const std::vector<std::vector<std::string>>& sentences, int64_t min_frequency) {
+Vocabulary Vocabulary::build(const std::vector<std::vector<std::string>>& sentences, int64_t min_frequency,
+                             int64_t max_words) {
   std::unordered_map<std::string, int64_t> counts;
   for (const auto& sentence : sentences) {
     for (const std::string& word : sentence) ++counts[word];
@@ -364,6 +425,8 @@ Vocabulary Vocabulary::build(const std::vector<std::vector<std::string>>& senten
   std::sort(frequent.begin(), frequent.end(), [](const auto& a, const auto& b) {
     return a.second != b.second ? a.second > b.second : a.first < b.first;
   });
+
+  if (max_words > 0 && frequent.size() > static_cast<size_t>(max_words)) frequent.resize(max_words);
 
   Vocabulary vocabulary;
   vocabulary.words_.assign(special_words.begin(), special_words.end());

@@ -9,10 +9,32 @@
 
 namespace remnant::app {
 
-/// Lines of a plain or gzip file (recognised by content, not by name). A UTF-8 byte-order mark and
-/// "\r\n" are removed. Throws Error: missing or unreadable file, truncated gzip, invalid UTF-8 (with
-/// the line number).
-std::vector<std::string> read_lines(const std::filesystem::path& file);
+/// Whether `text` is well-formed UTF-8.
+bool is_utf8(std::string_view text);
+/// Code points of well-formed UTF-8.
+int64_t characters(std::string_view text);
+/// `text` with U+FFFD for what is not UTF-8.
+std::string repair_utf8(std::string_view text);
+
+/// 64-bit FNV-1a of the bytes, as hexadecimal digits.
+std::string fingerprint(std::string_view bytes);
+
+/// How a file's bytes stand for characters.
+enum class Encoding {
+  utf8,
+  utf8_unless_told,  ///< the same where the user has --encoding: the error on other files says so
+  latin1
+};
+/// What --encoding says: "utf-8" or "latin-1"; throws UsageError.
+Encoding parse_encoding(const std::string& name);
+
+/// A plain or gzip file (recognised by content, not by name) as UTF-8, without a byte-order mark. Throws
+/// Error: missing or unreadable file, truncated gzip, invalid UTF-8 (with the line number).
+std::string read_text(const std::filesystem::path& file, Encoding encoding = Encoding::utf8);
+/// Its lines; "\r\n" ends a line like "\n".
+std::vector<std::string> read_lines(const std::filesystem::path& file, Encoding encoding = Encoding::utf8);
+/// True when tokenize() would find something in UTF-8 `text`.
+bool has_word(std::string_view text);
 
 struct ParallelText {
   std::vector<std::string> source, target;  ///< aligned sentences
@@ -32,6 +54,9 @@ ParallelText read_parallel(const std::filesystem::path& dir, const std::string& 
 /// an apostrophe or decimal point inside a word ("don't", "man's", "3.5").
 std::vector<std::string> tokenize(std::string_view sentence, const std::string& locale);
 
+/// Words with a space between.
+std::string join_words(const std::vector<std::string>& words);
+
 /// Joins words to readable text: no space before ".,!?;:)" and so on, quotes, hyphens and apostrophes
 /// attached, first letter as given.
 std::string detokenize(const std::vector<std::string>& words);
@@ -42,7 +67,9 @@ class Vocabulary {
   static constexpr int64_t unknown = 0, padding = 1, begin = 2, end = 3;
   Vocabulary() = default;
   /// Words seen at least `min_frequency` times, most frequent first, ties in byte order.
-  static Vocabulary build(const std::vector<std::vector<std::string>>& sentences, int64_t min_frequency);
+  /// At most `max_words` of them, 0: no limit.
+  static Vocabulary build(const std::vector<std::vector<std::string>>& sentences, int64_t min_frequency,
+                          int64_t max_words = 0);
   int64_t size() const { return static_cast<int64_t>(words_.size()); }
   int64_t id(const std::string& word) const;  ///< `unknown` when absent
   const std::string& word(int64_t id) const;  ///< throws Error when out of range

@@ -3,36 +3,11 @@
 #include "common/captions.h"
 #include "common/error.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/eq.h>
-#include <unicode/utf8.h>
-
 #include <algorithm>
-#include <numeric>
-#include <random>
 #include <utility>
 
 namespace remnant::app::translate {
 namespace {
-
-/// Batches are cut from pools of this many batches, sorted: long enough that a batch holds one
-/// length, short enough that a batch's company changes from epoch to epoch.
-constexpr int64_t kPool = 50;
-
-// std::shuffle and std::uniform_int_distribution may differ between standard libraries.
-template <typename T>
-void shuffle(std::vector<T>& items, std::mt19937_64& random) {
-  for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[random() % i]);
-}
-
-std::vector<std::vector<int64_t>> cut(const std::vector<int64_t>& rows, int64_t size) {
-  std::vector<std::vector<int64_t>> batches;
-  const int64_t total = static_cast<int64_t>(rows.size());
-  for (int64_t first = 0; first < total; first += size) {
-    batches.emplace_back(rows.begin() + first, rows.begin() + std::min(first + size, total));
-  }
-  return batches;
-}
 
 Corpus captions_corpus(const CorpusSource& from) {
   const bool german_first = from.source_language == "de" && from.target_language == "en";
@@ -70,16 +45,6 @@ ParallelText load_split(const CorpusSource& from, const std::string& split) {
     return read_parallel(from.data, split, from.source_language, from.target_language);
   Corpus corpus = captions_corpus(from);
   return std::move(split == "train" ? corpus.train : split == "val" ? corpus.validation : corpus.test);
-}
-
-bool is_utf8(std::string_view text) {
-  const auto length = static_cast<int32_t>(text.size());
-  for (int32_t i = 0; i < length;) {
-    UChar32 character = 0;
-    U8_NEXT(text.data(), i, length, character);
-    if (character < 0) return false;
-  }
-  return true;
 }
 
 std::vector<std::vector<std::string>> tokenize_all(const std::vector<std::string>& sentences,
@@ -121,32 +86,8 @@ Pairs encode_pairs(const ParallelText& text, const std::vector<std::vector<std::
   pairs.source_text = text.source;
   pairs.target_text = text.target;
   pairs.target_words.reserve(target_words.size());
-  for (const std::vector<std::string>& words : target_words) {
-    std::string joined;
-    for (const std::string& word : words) {
-      if (!joined.empty()) joined += ' ';
-      joined += word;
-    }
-    pairs.target_words.push_back(std::move(joined));
-  }
+  for (const std::vector<std::string>& words : target_words) pairs.target_words.push_back(join_words(words));
   return pairs;
-}
-
-at::Tensor pad(const std::vector<std::vector<int64_t>>& sentences, const std::vector<int64_t>& rows) {
-  size_t longest = 0;
-  for (const int64_t row : rows) longest = std::max(longest, sentences[row].size());
-  at::Tensor ids = at::empty({static_cast<int64_t>(rows.size()), static_cast<int64_t>(longest)}, at::kLong);
-  int64_t* out = ids.mutable_data_ptr<int64_t>();
-  for (const int64_t row : rows) {
-    out = std::copy(sentences[row].begin(), sentences[row].end(), out);
-    out = std::fill_n(out, longest - sentences[row].size(), Vocabulary::padding);
-  }
-  return ids;
-}
-
-at::Tensor padding_of(const at::Tensor& ids) {
-  at::Tensor mask = at::eq(ids, Vocabulary::padding);
-  return mask.any().item<bool>() ? mask : at::Tensor();
 }
 
 Batch make_batch(const Pairs& pairs, const std::vector<int64_t>& rows) {
@@ -183,30 +124,11 @@ std::array<std::vector<Batch>, 2> halves(const std::vector<Batch>& batches) {
 
 std::vector<std::vector<int64_t>> batches_by_length(const Pairs& pairs, int64_t batch_size, uint64_t seed,
                                                     int64_t epoch) {
-  // Two numbers in one sequence: seed + epoch would make epoch 1 of seed 1 the epoch 0 of seed 2.
-  std::seed_seq sequence{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-                         static_cast<uint32_t>(epoch)};
-  std::mt19937_64 random(sequence);
-  std::vector<int64_t> rows(pairs.size());
-  std::iota(rows.begin(), rows.end(), 0);
-  shuffle(rows, random);
-  const auto length = [&](int64_t row) { return pairs.source[row].size() + pairs.target[row].size(); };
-  std::vector<std::vector<int64_t>> batches;
-  for (std::vector<int64_t>& pool : cut(rows, kPool * batch_size)) {
-    std::stable_sort(pool.begin(), pool.end(), [&](int64_t a, int64_t b) { return length(a) < length(b); });
-    for (std::vector<int64_t>& batch : cut(pool, batch_size)) batches.push_back(std::move(batch));
+  std::vector<int64_t> lengths(pairs.size());
+  for (int64_t i = 0; i < pairs.size(); ++i) {
+    lengths[i] = static_cast<int64_t>(pairs.source[i].size() + pairs.target[i].size());
   }
-  shuffle(batches, random);
-  return batches;
-}
-
-std::vector<std::vector<int64_t>> sorted_batches(const std::vector<std::vector<int64_t>>& sentences,
-                                                 int64_t batch_size) {
-  std::vector<int64_t> rows(sentences.size());
-  std::iota(rows.begin(), rows.end(), 0);
-  std::stable_sort(rows.begin(), rows.end(),
-                   [&](int64_t a, int64_t b) { return sentences[a].size() < sentences[b].size(); });
-  return cut(rows, batch_size);
+  return app::batches_by_length(lengths, batch_size, seed, epoch);
 }
 
 double evicted_share(const Pairs& pairs, int64_t m) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/batches.h"
 #include "common/text.h"
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +8,6 @@
 #include <array>
 #include <cstdint>
 #include <string>
-#include <string_view>
 #include <vector>
 
 namespace remnant::app::translate {
@@ -27,9 +27,6 @@ Corpus load_corpus(const CorpusSource& from);
 
 /// One split only: "train", "val" or "test". Throws UsageError on any other name.
 ParallelText load_split(const CorpusSource& from, const std::string& split);
-
-/// Whether `text` is well-formed UTF-8.
-bool is_utf8(std::string_view text);
 
 /// The words of each sentence.
 std::vector<std::vector<std::string>> tokenize_all(const std::vector<std::string>& sentences,
@@ -76,20 +73,10 @@ Batch make_batch(const Pairs& pairs, const std::vector<int64_t>& rows);
 /// is empty when there is only one sentence.
 std::array<std::vector<Batch>, 2> halves(const std::vector<Batch>& batches);
 
-/// [B, longest], filled up with <pad>.
-at::Tensor pad(const std::vector<std::vector<int64_t>>& sentences, const std::vector<int64_t>& rows);
-
-/// true where `ids` is padding; undefined when it is nowhere, which spares the mask.
-at::Tensor padding_of(const at::Tensor& ids);
-
 /// Rows grouped into batches of sentences of similar length, in random order; a function of `seed`
 /// and `epoch` alone.
 std::vector<std::vector<int64_t>> batches_by_length(const Pairs& pairs, int64_t batch_size, uint64_t seed,
                                                     int64_t epoch);
-
-/// The same without randomness, shortest sentences first: for evaluation.
-std::vector<std::vector<int64_t>> sorted_batches(const std::vector<std::vector<int64_t>>& sentences,
-                                                 int64_t batch_size);
 
 /// Share of the softmax elements of one epoch that a curve of `m` highest and `m` lowest evicts:
 /// those at ranks m+1 .. n-m of a row with n valid keys, over all valid elements (encoder, causal

@@ -53,19 +53,6 @@ void select(nn::KeyValueCache& cache, const Tensor& rows) {
   cache.value = cache.value.index_select(0, rows);
 }
 
-std::string join(const std::vector<std::string>& words) {
-  std::string text;
-  for (const std::string& word : words) {
-    if (!text.empty()) text += ' ';
-    text += word;
-  }
-  return text;
-}
-
-void stop_if_interrupted() {
-  if (Interrupt::requested()) throw Interrupted();
-}
-
 }  // namespace
 
 std::vector<std::vector<int64_t>> translate_batch(TransformerImpl& model, const Tensor& source,
@@ -203,7 +190,7 @@ Scores evaluate(TransformerImpl& model, const Pairs& pairs, const Vocabulary& ta
   scores.perplexity = perplexity(model, pairs, batch_size);
   std::vector<std::string> words, text;
   for (const auto& translation : translate(model, pairs.source, target_vocabulary, beam, batch_size)) {
-    words.push_back(join(translation));
+    words.push_back(join_words(translation));
     text.push_back(detokenize(translation));
   }
   scores.tokens = corpus_bleu(words, pairs.target_words, BleuTokenizer::none, true);

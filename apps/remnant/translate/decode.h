@@ -10,9 +10,6 @@
 
 namespace remnant::app::translate {
 
-/// Thrown between batches once a signal asked the program to stop.
-struct Interrupted {};
-
 /// Translations of source [B, S] (ids without <s> and </s>), by beam search with cached keys and
 /// values; a beam of 1 is greedy decoding. A hypothesis' score is its log-probability a word. The
 /// model must be in evaluation mode.

@@ -44,6 +44,9 @@ class REMNANT_API TransformerEncoderLayerImpl : public torch::nn::Cloneable<Tran
   /// src [S, B, E] ([B, S, E] with batch_first); masks as in MultiheadAttention. Same shape out.
   at::Tensor forward(const at::Tensor& src, const at::Tensor& src_mask = {},
                      const at::Tensor& src_key_padding_mask = {}, bool is_causal = false);
+  /// Decoding: one new position src [B, 1, E] (or several) given the cached past; always batch first. The
+  /// same shape out; equal to `forward` with is_causal at those positions.
+  at::Tensor forward_cached(const at::Tensor& src, KeyValueCache& cache);
 
   TransformerLayerOptions options;
   MultiheadAttention self_attn = nullptr;

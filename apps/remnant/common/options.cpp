@@ -1,0 +1,107 @@
+#include "common/options.h"
+
+#include <remnant/ops/attention.h>
+#include <remnant/policy.h>
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+namespace remnant::app {
+
+using nlohmann::ordered_json;
+namespace fs = std::filesystem;
+
+void require_at_least(const char* flag, int64_t value, int64_t least) {
+  if (value >= least) return;
+  throw UsageError(std::string("--") + flag + " should be at least " + std::to_string(least) + ", got " +
+                   std::to_string(value));
+}
+
+void check_shared(TrainingOptions& options) {
+  require_at_least("hidden", options.hidden, 1);
+  require_at_least("layers", options.layers, 1);
+  require_at_least("heads", options.heads, 1);
+  require_at_least("feed-forward", options.feed_forward, 1);
+  require_at_least("batch-size", options.batch_size, 1);
+  require_at_least("accumulate", options.accumulate, 1);
+  require_at_least("seed", options.seed, 0);
+  require_at_least("epochs", options.epochs, 1);
+  require_at_least("max-steps", options.max_steps, 0);
+  require_at_least("checkpoint-every", options.checkpoint_every, 0);
+  require_at_least("fidelity-every", options.fidelity_every, 0);
+  require_at_least("threads", options.threads, 0);
+  if (options.hidden % options.heads != 0) {
+    throw UsageError("--heads should divide --hidden, got " + std::to_string(options.heads) + " and " +
+                     std::to_string(options.hidden));
+  }
+  if (!(options.dropout >= 0 && options.dropout < 1)) throw UsageError("--dropout should be in [0, 1)");
+  if (!(options.learning_rate > 0)) throw UsageError("--lr should be above 0");
+  if (!(options.clip > 0)) throw UsageError("--clip should be above 0");
+  if (options.precision != "fp32" && options.precision != "bf16") {
+    throw UsageError("--precision should be fp32 or bf16, got '" + options.precision + "'");
+  }
+  try {
+    options.attention = Policy::parse(options.attention).str();
+  } catch (const c10::Error& error) {
+    // The library's own words; the policy came from the command line.
+    throw UsageError(error.what_without_backtrace());
+  }
+}
+
+std::string absolute_data(const std::string& data, const std::string& generated) {
+  return data == generated ? data : fs::absolute(data).lexically_normal().string();
+}
+
+int64_t attention_bytes(const TrainingOptions& options, int64_t examples, int64_t queries, int64_t keys) {
+  const int64_t element = options.precision == "bf16" ? 2 : 4;
+  return options.layers * attention_residual_bytes(Policy::parse(options.attention), examples * options.heads,
+                                                   queries, keys, element, options.dropout > 0);
+}
+
+std::string json_key(std::string flag) {
+  std::replace(flag.begin(), flag.end(), '-', '_');
+  return flag;
+}
+
+std::string version() { return REMNANT_VERSION; }
+
+RunFolder prepare_run(const TrainingOptions& options, const ordered_json& config,
+                      const std::vector<std::string>& fixed) {
+  if (options.out.empty()) throw UsageError("--out is needed: the folder of the run");
+  RunFolder run = RunFolder::create(options.out, options.resume);
+  if (!options.resume || !fs::exists(run.path() / "config.json")) return run;
+  const ordered_json before = run.read_json("config.json");
+  for (const std::string& key : fixed) {
+    if (before.contains(key) && before[key] == config[key]) continue;
+    const std::string old_value = before.contains(key) ? before[key].dump() : "nothing";
+    throw Error("cannot resume " + run.path().string() + ": its " + key + " is " + old_value +
+                ", this command says " + config[key].dump());
+  }
+  return run;
+}
+
+void require_same_data(const RunFolder& run, const TrainingOptions& options, const std::string& fingerprint) {
+  if (!options.resume || !fs::exists(run.path() / "config.json")) return;
+  const ordered_json before = run.read_json("config.json");
+  if (before.value("data_fingerprint", ordered_json()) == fingerprint) return;
+  throw Error("cannot resume " + run.path().string() + ": the text in " + options.data +
+              " is not the one that it was started with");
+}
+
+void write_config(const RunFolder& run, const ordered_json& config, const ordered_json& more) {
+  ordered_json whole = config;
+  whole["threads"] = at::get_num_threads();
+  whole.update(more);
+  run.write_json("config.json", whole);
+}
+
+void require_program(const fs::path& path, const ordered_json& config, const std::string& program) {
+  const ordered_json found = config.is_object() ? config.value("program", ordered_json()) : ordered_json();
+  if (found == program) return;
+  throw Error(path.string() + " is not a run of remnant " + program + ": its config.json says program " +
+              (found.is_null() ? "nothing" : found.dump()));
+}
+
+}  // namespace remnant::app

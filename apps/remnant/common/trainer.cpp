@@ -1,0 +1,511 @@
+#include "common/trainer.h"
+
+#include "common/adam.h"
+#include "common/error.h"
+#include "common/random_state.h"
+#include "common/text.h"
+
+#include <remnant/memory.h>
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <iostream>
+#include <limits>
+#include <map>
+#include <memory>
+#include <optional>
+#include <sstream>
+#include <utility>
+
+namespace remnant::app {
+namespace {
+
+using at::Tensor;
+using nlohmann::ordered_json;
+namespace fs = std::filesystem;
+
+/// bfloat16 matrix products on the CPU while alive.
+class Autocast {
+ public:
+  explicit Autocast(bool enabled)
+      : enabled_(enabled),
+        was_enabled_(at::autocast::is_autocast_enabled(at::kCPU)),
+        previous_(at::autocast::get_autocast_dtype(at::kCPU)) {
+    if (!enabled_) return;
+    at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+    at::autocast::set_autocast_enabled(at::kCPU, true);
+    at::autocast::increment_nesting();
+  }
+  ~Autocast() {
+    if (!enabled_) return;
+    if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+    at::autocast::set_autocast_enabled(at::kCPU, was_enabled_);
+    at::autocast::set_autocast_dtype(at::kCPU, previous_);
+  }
+  Autocast(const Autocast&) = delete;
+  Autocast& operator=(const Autocast&) = delete;
+
+ private:
+  bool enabled_, was_enabled_;
+  at::ScalarType previous_;
+};
+
+/// The batch's part of the mean loss over `terms`.
+Tensor batch_loss(const Minibatch& batch, int64_t terms, bool bf16) {
+  const Autocast autocast(bf16);
+  return batch.loss() / static_cast<double>(terms);
+}
+
+int64_t terms_of(const std::vector<Minibatch>& batches) {
+  int64_t terms = 0;
+  for (const Minibatch& batch : batches) terms += batch.terms;
+  return terms;
+}
+
+std::map<std::string, Tensor> tensors_of(const torch::nn::Module& model) {
+  std::map<std::string, Tensor> tensors;
+  for (const auto& item : model.named_parameters()) tensors[item.key()] = item.value().detach();
+  return tensors;
+}
+
+void copy_tensors(const LoadedTensors& loaded, const std::map<std::string, Tensor>& into,
+                  const fs::path& file) {
+  const at::NoGradGuard no_grad;
+  for (const auto& [name, tensor] : into) {
+    const auto found = loaded.tensors.find(name);
+    if (found == loaded.tensors.end()) throw Error(file.string() + " lacks the tensor " + name);
+    if (found->second.sizes() != tensor.sizes() || found->second.scalar_type() != tensor.scalar_type()) {
+      std::ostringstream message;
+      message << file.string() << ": tensor " << name << " should be " << tensor.sizes() << " of "
+              << tensor.scalar_type() << ", got " << found->second.sizes() << " of "
+              << found->second.scalar_type();
+      throw Error(message.str());
+    }
+    Tensor target = tensor;
+    target.copy_(found->second);
+  }
+}
+
+std::string metadata(const LoadedTensors& loaded, const std::string& name, const fs::path& file) {
+  const auto found = loaded.metadata.find(name);
+  if (found == loaded.metadata.end()) throw Error(file.string() + " lacks the field " + name);
+  return found->second;
+}
+
+template <typename T>
+T number(const LoadedTensors& loaded, const std::string& name, const fs::path& file) {
+  const std::string text = metadata(loaded, name, file);
+  T value{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error == std::errc() && end == text.data() + text.size()) return value;
+  throw Error(file.string() + ": the field " + name + " should be a number, got '" + text + "'");
+}
+
+std::string exact_text(double value) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%.17g", value);
+  return text;
+}
+
+std::string two_digits(double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.2g", value);
+  return text;
+}
+
+double median(std::vector<double> values) {
+  if (values.empty()) return 0;
+  const auto middle = values.begin() + static_cast<int64_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  if (values.size() % 2 == 1) return *middle;
+  return (*middle + *std::max_element(values.begin(), middle)) / 2;
+}
+
+class Trainer {
+ public:
+  Trainer(Task& task, const TrainingOptions& options, const RunFolder& run, const ordered_json& config)
+      : task_(task),
+        model_(task.model()),
+        options_(options),
+        run_(run),
+        config_(config),
+        started_(std::chrono::steady_clock::now()),
+        adam_(model_),
+        best_(task.none_yet()) {
+    for (const auto& item : model_.named_parameters()) parameters_ += item.value().numel();
+    recover_directory(run_.path() / "best");
+    const bool resumed = options_.resume && fs::exists(run_.path() / "checkpoint");
+    if (resumed) {
+      load_checkpoint();
+    } else {
+      if (fs::exists(run_.path() / "metrics.jsonl")) run_.drop_metrics_after(0);
+    }
+    announce(resumed);
+    if (!fs::exists(run_.path() / "memory.json")) write_memory();
+    events_ = std::make_unique<EventWriter>(run_.path());
+  }
+
+  ordered_json run() {
+    while (epoch_ < options_.epochs) {
+      train_epoch();
+      validate();
+      const bool stop = out_of_steps();
+      if (!stop) {
+        ++epoch_;
+        position_ = 0;
+      }
+      save_checkpoint();
+      if (stop) break;
+    }
+    return summarise();
+  }
+
+ private:
+  struct Record {
+    int64_t step, epoch, kept_bytes, peak_bytes;
+    double loss, step_ms;
+    std::optional<double> gradient_error, added_variance;
+  };
+
+  bool bf16() const { return options_.precision == "bf16"; }
+
+  void announce(bool resumed) const {
+    if (options_.quiet) return;
+    std::cerr << config_.dump() << "\n"
+              << task_.describe() << "; " << format_fixed(static_cast<double>(parameters_) / 1e6, 1)
+              << " M parameters; " << at::get_num_threads() << " threads\n";
+    for (const std::string& note : task_.notes()) std::cerr << note << "\n";
+    if (resumed) std::cerr << "resumed at step " << step_ << "\n";
+  }
+
+  /// Layer by layer what a forward pass keeps.
+  void write_memory() {
+    const KeepRandomState keep;
+    const Probe probe = task_.probe();
+    model_.train();
+    const memory::Recorder recorder(&model_);
+    const Tensor loss = batch_loss(probe.batch, probe.batch.terms, bf16());
+    const memory::Report report = recorder.report({loss}, probe.batch.inputs);
+
+    ordered_json json = ordered_json::parse(report.json());
+    if (!json.is_object()) json = {{"rows", json}};
+    json["batch"] = probe.shape;
+    json["kept_bytes"] = report.kept_bytes;
+    json["attention_residual_bytes"] = probe.attention_residual_bytes;
+    run_.write_json("memory.json", json);
+    if (!options_.quiet) {
+      std::cerr << "a batch of " << probe.text << " keeps " << format_bytes(report.kept_bytes)
+                << " for backward, of which attention's policy "
+                << format_bytes(probe.attention_residual_bytes) << "\n";
+    }
+  }
+
+  bool out_of_steps() const { return options_.max_steps > 0 && step_ >= options_.max_steps; }
+
+  void train_epoch() {
+    const int64_t total = task_.start_epoch(epoch_);
+    const int64_t steps = (total + options_.accumulate - 1) / options_.accumulate;
+    if (position_ < total) {
+      Progress progress("epoch " + std::to_string(epoch_ + 1) + "/" + std::to_string(options_.epochs), steps,
+                        options_.quiet);
+      model_.train();
+      while (position_ < total && !out_of_steps()) {
+        const int64_t first = position_;
+        position_ = std::min(first + options_.accumulate, total);
+        train_step(first, position_ - first, progress,
+                   (position_ + options_.accumulate - 1) / options_.accumulate);
+        if (Interrupt::requested()) {
+          progress.clear();
+          save_and_stop();
+        }
+        if (options_.checkpoint_every > 0 && step_ % options_.checkpoint_every == 0) save_checkpoint();
+      }
+      progress.clear();
+    }
+    // Before validation, so that a crash there costs no training.
+    save_checkpoint();
+  }
+
+  void train_step(int64_t first, int64_t count, Progress& progress, int64_t step_of_epoch) {
+    const std::vector<Minibatch> group = task_.batches(first, count);
+    const bool checked = options_.fidelity_every > 0 && (step_ + 1) % options_.fidelity_every == 0;
+    const Tensor random_before = checked ? random_state() : Tensor();
+    auto start = std::chrono::steady_clock::now();
+    adam_.zero_gradients();
+    const StepCost cost = accumulate_gradients(group, bf16());
+    std::optional<Fidelity> fidelity;
+    if (checked) {
+      const auto pause = std::chrono::steady_clock::now();
+      fidelity = check_gradients(model_, group, task_.halves(first, count), bf16(), random_before);
+      start += std::chrono::steady_clock::now() - pause;  // the step's time is that without the check
+    }
+    const double norm = adam_.clip(options_.clip);
+    if (!std::isfinite(cost.loss) || !std::isfinite(norm)) {
+      progress.clear();
+      throw Error("training diverged: loss or gradient is not finite at step " + std::to_string(step_ + 1) +
+                  "; try a smaller --lr (the last checkpoint is kept)");
+    }
+    adam_.step(options_.learning_rate);
+    ++step_;
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    int64_t tokens = 0;
+    for (const Minibatch& batch : group) tokens += batch.tokens;
+    const double speed = static_cast<double>(tokens) / std::max(seconds, 1e-9);
+    Record record{step_, epoch_ + 1, cost.kept_bytes, cost.peak_bytes, cost.loss, seconds * 1e3, {}, {}};
+    ordered_json line = {{"step", step_},
+                         {"epoch", epoch_ + 1},
+                         {"seconds", elapsed()},
+                         {"loss", cost.loss},
+                         {"lr", options_.learning_rate},
+                         {"tokens_per_second", speed},
+                         {"kept_bytes", cost.kept_bytes},
+                         {"peak_bytes", cost.peak_bytes},
+                         {"gradient_norm", norm},
+                         {"step_ms", seconds * 1e3}};
+    if (fidelity.has_value()) {
+      record.gradient_error = fidelity->gradient_error;
+      record.added_variance = fidelity->added_variance;
+      line["gradient_error"] = fidelity->gradient_error;
+      if (fidelity->added_variance.has_value()) line["added_variance"] = *fidelity->added_variance;
+      report(*fidelity, progress);
+    }
+    records_.push_back(record);
+    run_.append_metrics(line);
+    events_->scalar("train/loss", cost.loss, step_);
+    events_->scalar("train/tokens_per_second", speed, step_);
+    events_->scalar("memory/kept_bytes", static_cast<double>(cost.kept_bytes), step_);
+    events_->scalar("memory/peak_bytes", static_cast<double>(cost.peak_bytes), step_);
+    progress.update(step_of_epoch,
+                    {"loss " + format_fixed(cost.loss, 3), format_fixed(speed / 1e3, 1) + "k tokens/s",
+                     "kept " + format_bytes(cost.kept_bytes)});
+  }
+
+  void report(const Fidelity& fidelity, Progress& progress) {
+    std::string text =
+        "step " + std::to_string(step_) + ": gradient error " + two_digits(fidelity.gradient_error);
+    events_->scalar("fidelity/gradient_error", fidelity.gradient_error, step_);
+    if (fidelity.added_variance.has_value()) {
+      text += ", added variance " + two_digits(*fidelity.added_variance) + " of the minibatch's";
+      events_->scalar("fidelity/added_variance", *fidelity.added_variance, step_);
+    }
+    if (options_.quiet) return;
+    progress.clear();
+    std::cerr << text << "\n";
+  }
+
+  void validate() {
+    Validation found;
+    try {
+      const KeepRandomState keep;
+      found = task_.validate();
+    } catch (const Interrupted&) {
+      save_and_stop();
+    }
+    double loss = 0;
+    int64_t count = 0;
+    for (const Record& record : records_) {
+      if (record.epoch != epoch_ + 1) continue;
+      loss += record.loss;
+      ++count;
+    }
+    loss /= static_cast<double>(std::max<int64_t>(count, 1));
+    const bool better = task_.better(found.best.front().second, best_.front().second);
+    if (better) {
+      best_ = found.best;
+      best_epoch_ = epoch_ + 1;
+      replace_directory_atomically(run_.path() / "best", [&](const fs::path& folder) {
+        save_tensors(folder / "model.safetensors", tensors_of(model_),
+                     {{"step", std::to_string(step_)}, {"epoch", std::to_string(best_epoch_)}});
+      });
+    }
+    ordered_json line = {{"step", step_}, {"epoch", epoch_ + 1}, {"seconds", elapsed()}};
+    for (const auto& [name, value] : found.lines) line["validation_" + name] = value;
+    run_.append_metrics(line);
+    for (const auto& [name, value] : found.best) events_->scalar("validation/" + name, value, step_);
+    events_->flush();
+    std::cout << "epoch " << epoch_ + 1 << "  step " << step_ << "  loss " << format_fixed(loss, 3)
+              << "  validation " << found.text << (better ? " (best)" : "") << "  "
+              << format_duration(elapsed()) << std::endl;
+  }
+
+  [[noreturn]] void save_and_stop() {
+    save_checkpoint();
+    events_->flush();
+    std::cerr << "interrupted: saved step " << step_ << " in " << run_.path().string()
+              << "; the same command with --resume goes on\n";
+    throw Interrupted();
+  }
+
+  void save_checkpoint() const {
+    replace_directory_atomically(run_.path() / "checkpoint", [&](const fs::path& folder) {
+      save_tensors(folder / "model.safetensors", tensors_of(model_));
+      std::map<std::string, Tensor> tensors = adam_.state();
+      tensors["random.cpu"] = random_state();
+      std::map<std::string, std::string> fields{{"step", std::to_string(step_)},
+                                                {"epoch", std::to_string(epoch_)},
+                                                {"position", std::to_string(position_)},
+                                                {"best_epoch", std::to_string(best_epoch_)}};
+      for (const auto& [name, value] : best_) fields["best_" + name] = exact_text(value);
+      save_tensors(folder / "training.safetensors", tensors, fields);
+    });
+  }
+
+  void load_checkpoint() {
+    const fs::path folder = run_.path() / "checkpoint";
+    const fs::path model_file = folder / "model.safetensors", training_file = folder / "training.safetensors";
+    copy_tensors(load_tensors(model_file), tensors_of(model_), model_file);
+    const LoadedTensors training = load_tensors(training_file);
+    std::map<std::string, Tensor> state = adam_.state();
+    copy_tensors(training, state, training_file);
+    adam_.set_steps(state.at("adam.step"));
+    const auto random = training.tensors.find("random.cpu");
+    if (random == training.tensors.end())
+      throw Error(training_file.string() + " lacks the tensor random.cpu");
+    set_random_state(random->second);
+    step_ = number<int64_t>(training, "step", training_file);
+    epoch_ = number<int64_t>(training, "epoch", training_file);
+    position_ = number<int64_t>(training, "position", training_file);
+    best_epoch_ = number<int64_t>(training, "best_epoch", training_file);
+    for (auto& [name, value] : best_) value = number<double>(training, "best_" + name, training_file);
+    run_.drop_metrics_after(step_);
+    load_records();
+  }
+
+  /// A value that is not on every line; JSON has no infinity and says null.
+  static std::optional<double> measure_of(const ordered_json& line, const char* key) {
+    if (!line.contains(key)) return std::nullopt;
+    return line[key].is_number() ? line[key].get<double>() : std::numeric_limits<double>::infinity();
+  }
+
+  void load_records() {
+    const fs::path file = run_.path() / "metrics.jsonl";
+    if (!fs::exists(file)) return;
+    for (const std::string& line : read_lines(file)) {
+      const ordered_json json = ordered_json::parse(line, nullptr, false);
+      if (!json.is_object()) continue;
+      seconds_before_ = std::max(seconds_before_, json.value("seconds", 0.0));
+      if (!json.contains("loss")) continue;
+      records_.push_back({json.value("step", int64_t{0}), json.value("epoch", int64_t{0}),
+                          json.value("kept_bytes", int64_t{0}), json.value("peak_bytes", int64_t{0}),
+                          json.value("loss", 0.0), json.value("step_ms", 0.0),
+                          measure_of(json, "gradient_error"), measure_of(json, "added_variance")});
+    }
+  }
+
+  double elapsed() const {
+    return seconds_before_ +
+           std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count();
+  }
+
+  ordered_json summarise() {
+    const TestResult result = task_.test(best_);
+    std::vector<double> milliseconds, kept;
+    int64_t most_kept = 0, peak = 0;
+    std::optional<double> gradient_error, added_variance;
+    const auto worst = [](std::optional<double>& most, const std::optional<double>& value) {
+      if (value.has_value()) most = std::max(most.value_or(0.0), *value);
+    };
+    for (const Record& record : records_) {
+      milliseconds.push_back(record.step_ms);
+      kept.push_back(static_cast<double>(record.kept_bytes));
+      most_kept = std::max(most_kept, record.kept_bytes);
+      peak = std::max(peak, record.peak_bytes);
+      worst(gradient_error, record.gradient_error);
+      worst(added_variance, record.added_variance);
+    }
+    const ordered_json memory = run_.read_json("memory.json");
+    ordered_json summary;
+    summary["attention"] = options_.attention;
+    summary.update(result.summary);
+    summary["best_epoch"] = best_epoch_;
+    summary["epochs"] = epoch_;
+    summary["steps"] = step_;
+    summary["seconds"] = elapsed();
+    summary["kept_bytes"] = most_kept;
+    summary["kept_bytes_median"] = static_cast<int64_t>(median(kept));
+    summary["peak_bytes"] = peak;
+    summary["attention_residual_bytes"] = memory.value("attention_residual_bytes", int64_t{0});
+    summary["step_ms_median"] = median(milliseconds);
+    if (gradient_error.has_value()) summary["gradient_error_worst"] = *gradient_error;
+    if (added_variance.has_value()) summary["added_variance_worst"] = *added_variance;
+    summary["parameters"] = parameters_;
+    summary["seed"] = options_.seed;
+    summary["threads"] = at::get_num_threads();
+    summary["version"] = version();
+    summary.update(result.more);
+    run_.write_json("summary.json", summary);
+    std::cout << result.text << std::flush;
+    return summary;
+  }
+
+  Task& task_;
+  torch::nn::Module& model_;
+  TrainingOptions options_;
+  RunFolder run_;
+  ordered_json config_;
+  std::chrono::steady_clock::time_point started_;
+  double seconds_before_ = 0;
+  int64_t parameters_ = 0;
+  Adam adam_;
+  std::unique_ptr<EventWriter> events_;
+  std::vector<Record> records_;
+  int64_t step_ = 0, epoch_ = 0, position_ = 0;  ///< position: batches of this epoch already seen
+  int64_t best_epoch_ = 0;
+  Measures best_;
+};
+
+}  // namespace
+
+StepCost accumulate_gradients(const std::vector<Minibatch>& batches, bool bf16) {
+  const int64_t terms = terms_of(batches);
+  StepCost cost;
+  const memory::PeakMeter meter;
+  for (const Minibatch& batch : batches) {
+    const int64_t before = meter.live_bytes();
+    const Tensor loss = batch_loss(batch, terms, bf16);
+    cost.kept_bytes = std::max(cost.kept_bytes, meter.live_bytes() - before);
+    loss.backward();
+    cost.loss += loss.item<double>();
+  }
+  cost.peak_bytes = meter.peak_bytes();
+  return cost;
+}
+
+Fidelity check_gradients(torch::nn::Module& model, const std::vector<Minibatch>& batches,
+                         const std::array<std::vector<Minibatch>, 2>& halves, bool bf16,
+                         const Tensor& random_before) {
+  const auto examples = [&](const std::vector<Minibatch>& part) {
+    return Examples{static_cast<double>(terms_of(part)), [&part, bf16] { accumulate_gradients(part, bf16); }};
+  };
+  std::optional<std::array<Examples, 2>> split;
+  if (!halves[0].empty() && !halves[1].empty()) split = {examples(halves[0]), examples(halves[1])};
+  return check_fidelity(model, random_before, examples(batches), split);
+}
+
+ordered_json train(Task& task, const TrainingOptions& options, const RunFolder& run,
+                   const ordered_json& config) {
+  return Trainer(task, options, run, config).run();
+}
+
+void load_best_model(const fs::path& run, torch::nn::Module& model) {
+  recover_directory(run / "best");
+  fs::path file = run / "best" / "model.safetensors";
+  if (!fs::exists(file)) {
+    file = run / "checkpoint" / "model.safetensors";
+    if (!fs::exists(file)) throw Error(run.string() + " holds no model yet: its training has not saved one");
+    std::cerr << "no epoch of this run is complete: taking its latest checkpoint\n";
+  }
+  copy_tensors(load_tensors(file), tensors_of(model), file);
+  model.eval();
+}
+
+}  // namespace remnant::app

@@ -1,0 +1,111 @@
+#pragma once
+
+#include "common/fidelity.h"
+#include "common/options.h"
+#include "common/run_folder.h"
+
+#include <ATen/core/Tensor.h>
+#include <nlohmann/json.hpp>
+
+#include <array>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace torch::nn {
+class Module;
+}
+
+namespace remnant::app {
+
+/// One batch, ready for the model.
+struct Minibatch {
+  int64_t terms = 0;                 ///< examples, or words, that count in the loss
+  int64_t tokens = 0;                ///< for the speed: all that the model reads or predicts, without padding
+  std::vector<at::Tensor> inputs;    ///< what the step would hold anyway
+  std::function<at::Tensor()> loss;  ///< the forward pass: the loss summed over the terms
+};
+
+/// What one training step cost.
+struct StepCost {
+  double loss = 0;
+  int64_t kept_bytes = 0;  ///< most that one of the batches kept
+  int64_t peak_bytes = 0;
+};
+
+/// Adds to the parameters' gradients that of the mean loss a term over all of `batches`, one batch after
+/// the other: N batches give what one batch of all their examples would.
+StepCost accumulate_gradients(const std::vector<Minibatch>& batches, bool bf16);
+
+/// How far the gradient that accumulate_gradients, started from `random_before`, has left in the parameters
+/// is from the exact one. Changes nothing. `halves` hold the examples of `batches` in two parts; no added
+/// variance where one of them is empty.
+Fidelity check_gradients(torch::nn::Module& model, const std::vector<Minibatch>& batches,
+                         const std::array<std::vector<Minibatch>, 2>& halves, bool bf16,
+                         const at::Tensor& random_before);
+
+/// Named numbers in a fixed order.
+using Measures = std::vector<std::pair<std::string, double>>;
+
+/// What a program found on its validation data.
+struct Validation {
+  Measures best;   ///< what the run remembers of its best epoch, and events show; the first decides
+  Measures lines;  ///< for metrics.jsonl, each as "validation_NAME"
+  std::string text;
+};
+
+/// The test of the best model.
+struct TestResult {
+  nlohmann::ordered_json summary;  ///< behind "attention" in summary.json
+  nlohmann::ordered_json more;     ///< at its end
+  std::string text;
+};
+
+/// The batch on which memory.json reports.
+struct Probe {
+  Minibatch batch;
+  nlohmann::ordered_json shape;
+  std::string text;  ///< "32 x 256 bytes"
+  int64_t attention_residual_bytes = 0;
+};
+
+/// What a program trains: its data, its model and its measures. Trainer does the rest.
+class Task {
+ public:
+  virtual ~Task() = default;
+  virtual torch::nn::Module& model() = 0;
+  /// Orders the batches of an epoch, a function of seed and epoch alone; returns how many there are.
+  virtual int64_t start_epoch(int64_t epoch) = 0;
+  /// `count` batches of the epoch from `first` on.
+  virtual std::vector<Minibatch> batches(int64_t first, int64_t count) = 0;
+  /// The examples of those batches in two parts of like lengths.
+  virtual std::array<std::vector<Minibatch>, 2> halves(int64_t first, int64_t count) = 0;
+  virtual Probe probe() = 0;
+  /// One line about the data, and further lines about what was left out of them.
+  virtual std::string describe() const = 0;
+  virtual std::vector<std::string> notes() const { return {}; }
+  /// Throws Interrupted once a signal came.
+  virtual Validation validate() = 0;
+  /// Validation::best before any epoch.
+  virtual Measures none_yet() const = 0;
+  /// Whether a run's first measure is better than that of its best epoch so far.
+  virtual bool better(double measure, double best) const = 0;
+  /// Tests the best model, read back from the run. Throws Interrupted once a signal came.
+  virtual TestResult test(const Measures& best) = 0;
+};
+
+/// Trains, or goes on with, a run, then tests its best model: steps, checkpoints, metrics, what the run keeps
+/// in memory. `config` is what the run's config.json says of the command line. Epochs' results go to standard
+/// output, the rest to standard error. Returns summary.json. Throws Interrupted after saving when a signal
+/// came.
+nlohmann::ordered_json train(Task& task, const TrainingOptions& options, const RunFolder& run,
+                             const nlohmann::ordered_json& config);
+
+/// Copies the best model of a run into `model`, or, with a word on standard error, its latest checkpoint
+/// where no epoch is complete. Throws Error on a file that is missing, damaged or of another model.
+void load_best_model(const std::filesystem::path& run, torch::nn::Module& model);
+
+}  // namespace remnant::app
