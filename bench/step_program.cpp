@@ -9,6 +9,7 @@
 #include <remnant/nn/transformer.h>
 #include <remnant/ops/dropout.h>
 #include <remnant/ops/linear_cross_entropy.h>
+#include <remnant/plan.h>
 
 #include <torch/nn/module.h>
 #include <torch/nn/modules/container/modulelist.h>
@@ -179,7 +180,6 @@ class Trainer {
         << "}";
   }
 
- private:
   void update() {
     const at::NoGradGuard no_grad;
     const double norm = at::stack(at::_foreach_norm(gradients_)).norm().item<double>();
@@ -190,6 +190,11 @@ class Trainer {
     at::_foreach_zero_(gradients_);
   }
 
+  void fit(int64_t budget) {
+    std::cerr << remnant::plan(*model_, [this] { return model_->loss(); }, budget).table();
+  }
+
+ private:
   std::unique_ptr<Model> model_;
   std::vector<Tensor> parameters_, gradients_, mean_, square_, steps_;
 };
@@ -211,8 +216,11 @@ int main(int count, char** words) {
     at::set_num_threads(std::stoi(words[5]));
     torch::manual_seed(0);
     remnant::memory::PeakMeter meter;
-    Trainer trainer(
-        make_model(words[1], remnant::Memory::parse(words[2]), std::stoll(words[3]), std::stoll(words[4])));
+    const auto setting = remnant::Memory::parse(words[2]);
+    const bool budget = setting.kind == remnant::Memory::Kind::budget;
+    Trainer trainer(make_model(words[1], budget ? remnant::Memory::exact() : setting, std::stoll(words[3]),
+                               std::stoll(words[4])));
+    if (budget) trainer.fit(setting.bytes);
     for (std::string command; std::getline(std::cin, command) && command != "quit";) {
       if (command == "step") trainer.step(std::cout);
       if (command == "bytes") trainer.bytes(meter, std::cout);

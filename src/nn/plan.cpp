@@ -25,7 +25,9 @@ struct Layer {
 
 std::vector<Layer> layers_of(torch::nn::Module& model) {
   std::vector<Layer> layers;
-  for (const auto& item : model.named_modules("", /*include_self=*/true)) {
+  if (auto* module = dynamic_cast<nn::KeepsByChoice*>(&model)) layers.push_back({"", module});
+  // Without the model itself, which need not be in a shared_ptr.
+  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
     if (auto* module = dynamic_cast<nn::KeepsByChoice*>(item.value().get())) {
       layers.push_back({item.key(), module});
     }
@@ -81,7 +83,7 @@ class Untouched {
 };
 
 bool inside(const std::string& layer, const std::string& name) {
-  return layer == name || layer.starts_with(name + ".");
+  return name.empty() || layer == name || layer.starts_with(name + ".");
 }
 
 Measurement measure(torch::nn::Module& model, const std::vector<Layer>& layers,
