@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/cpu/attention_kernels.h"
+#include "kernels/cpu/step_kernels.h"
 
 // What each instruction set's copy of the kernel sources defines.
 #define REMNANT_DECLARE_KERNELS(variant)                                                                   \
@@ -17,6 +18,9 @@
                     int64_t blocks, uint16_t* out);                                                        \
   template <typename T>                                                                                    \
   void cross_entropy(const CrossEntropyRows<T>& rows, int64_t begin, int64_t end);                         \
+  void norm_forward(const NormForward& problem, int64_t begin, int64_t end, void* scratch);                \
+  void norm_backward(const NormBackward& problem, int64_t begin, int64_t end, void* scratch);              \
+  void dropout_add(const DropoutAdd& problem, int64_t begin, int64_t end);                                 \
   }
 
 REMNANT_DECLARE_KERNELS(portable)
