@@ -144,6 +144,105 @@ def dropout(input: Tensor, p: float, *, generator: torch.Generator | None = None
     return _ops.dropout(input, p, generator)
 
 
+def dropout_add(
+    input: Tensor, residual: Tensor, p: float, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """residual + dropout(input, p) in one pass, with the mask that remnant.dropout draws.
+
+    Args:
+        input: any shape; float32, float64, bfloat16 or float16.
+        residual: input's shape and dtype.
+        p: in [0, 1), as in dropout.
+        generator: source of the seed; the device's default generator when None.
+
+    Returns:
+        input's shape and dtype.
+
+    Saves for backward: a 16-byte seed, none when p is 0.
+
+    Raises:
+        RuntimeError: p outside of [0, 1); shapes, dtypes or devices that differ.
+    """
+    return _ops.dropout_add(input, residual, p, generator)
+
+
+def layer_norm(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    """LayerNorm over the last dimension that keeps its output instead of its input.
+
+    Args:
+        input: [..., C]; float32, float64, bfloat16 or float16.
+        weight: [C] or None; input's dtype, or float32 beside a half type.
+        bias: as weight.
+        eps: added to the variance.
+
+    Returns:
+        input's shape and dtype; computed in float32 (float64 for float64).
+
+    Saves for backward: the output, which the next op usually keeps anyway, and 1 / standard deviation, 4
+    bytes a row. Columns where weight or bias hide the normalised values (|bias| > 16 |weight|, for half
+    types |bias| > |weight|; weight 0 or outside of 2**-64 to 2**64) are kept aside, 4 bytes an element;
+    under torch.compile every column is.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit, or a double backward.
+    """
+    return _ops.layer_norm(input, weight, bias, eps)
+
+
+def rms_norm(input: Tensor, weight: Tensor | None = None, *, eps: float | None = None) -> Tensor:
+    """RMSNorm over the last dimension, input / sqrt(mean(input ** 2) + eps) * weight.
+
+    Args:
+        input: as in layer_norm.
+        weight: as in layer_norm.
+        eps: added to the mean square; the machine epsilon of the type that is computed in when None.
+
+    Returns:
+        input's shape and dtype.
+
+    Saves for backward: what layer_norm saves.
+
+    Raises:
+        RuntimeError: as layer_norm.
+    """
+    return _ops.rms_norm(input, weight, eps)
+
+
+def dropout_add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    p: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    generator: torch.Generator | None = None,
+    need_sum: bool = True,
+) -> tuple[Tensor, Tensor] | Tensor:
+    """The sum residual + dropout(input, p) and its layer_norm, one pass forward and one backward.
+
+    Args:
+        input: [..., C]; float32, float64, bfloat16 or float16.
+        residual: input's shape and dtype.
+        p: in [0, 1), as in dropout.
+        weight, bias, eps: as in layer_norm.
+        generator: source of the seed; the device's default generator when None.
+        need_sum: also return the sum, as pre-norm layers need; post-norm layers do without.
+
+    Returns:
+        (layer_norm(sum), sum), or layer_norm(sum) alone; input's shape and dtype.
+
+    Saves for backward: what layer_norm saves, and a 16-byte seed when p > 0; neither sum nor input.
+
+    Raises:
+        RuntimeError: as layer_norm and dropout_add.
+    """
+    output, total = _ops.dropout_add_layer_norm(input, residual, p, weight, bias, eps, generator, need_sum)
+    return (output, total) if need_sum else output
+
+
 _REDUCTIONS = {"mean": 1, "sum": 2}
 
 

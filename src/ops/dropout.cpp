@@ -1,13 +1,10 @@
 #include <remnant/ops/dropout.h>
 
-#include "kernels/cpu/attention_kernels.h"
 #include "ops/attention_common.h"
+#include "ops/step_common.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 namespace remnant {
@@ -16,51 +13,18 @@ namespace ops {
 
 namespace {
 
-// A flat tensor is one row: a chunk is what the masks of attention call a row.
-constexpr int64_t kBlocksOfChunk = 512;
-constexpr int64_t kChunk = kBlocksOfChunk * kernels::kDropoutColumns;
-
 void check(const at::Tensor& input, double p) {
   TORCH_CHECK(at::isFloatingType(input.scalar_type()), "dropout: input must be floating point, got ",
               toString(input.scalar_type()));
   TORCH_CHECK(p >= 0 && p < 1, "dropout: p must be in [0, 1), got ", p);
 }
 
-template <typename T>
-void multiply(const T* x, T* y, int64_t size, const kernels::Seed& seed, int64_t threshold) {
-  const auto scale = static_cast<T>(kernels::dropout_keep_scale(threshold));
-  const int64_t chunks = (size + kChunk - 1) / kChunk;
-  at::parallel_for(0, chunks, 4, [&](int64_t begin, int64_t end) {
-    uint16_t bits[kChunk];
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t count = std::min(kChunk, size - chunk * kChunk);
-      const int64_t blocks = (count + kernels::kDropoutColumns - 1) / kernels::kDropoutColumns;
-      kernels::cpu_kernels().dropout_bits(seed, 0, chunk, 1, 0, blocks, bits);
-      const T* from = x + chunk * kChunk;
-      T* to = y + chunk * kChunk;
-      for (int64_t e = 0; e < count; ++e) {
-        to[e] = from[e] * (bits[e] >= threshold ? scale : static_cast<T>(0));
-      }
-    }
-  });
-}
-
 at::Tensor apply_cpu(const at::Tensor& input, const at::Tensor& seed, double p) {
-  const at::Tensor x = input.contiguous();
-  at::Tensor y = at::empty_like(x);
-  const auto parts = kernels::Seed::from(seed.const_data_ptr<int64_t>());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "dropout", [&] {
-    multiply(x.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(), x.numel(), parts,
-             kernels::dropout_threshold(p));
-  });
-  return y;
+  return dropout_add_cpu(input, at::Tensor(), seed, p);
 }
 
 at::Tensor apply_composite(const at::Tensor& input, const at::Tensor& seed, double p) {
-  const at::Tensor x = input.contiguous();
-  const int64_t chunks = (x.numel() + kChunk - 1) / kChunk;
-  const at::Tensor mask = dropout_mask(seed, p, 1, 1, 0, chunks, kChunk, x.options());
-  return x.mul(mask.flatten().narrow(0, 0, x.numel()).view(x.sizes()));
+  return dropout_add_composite(input, at::Tensor(), seed, p);
 }
 
 using Forward = std::tuple<at::Tensor, at::Tensor>;

@@ -28,7 +28,8 @@ void apply_dropout_cpu(at::Tensor& block, const kernels::Seed& seed, int64_t thr
   const int64_t rows = block.size(2);
   const int64_t keys = block.size(3);
   const int64_t blocks = (keys + kernels::kDropoutColumns - 1) / kernels::kDropoutColumns;
-  const auto keep_scale = static_cast<float>(kernels::dropout_keep_scale(threshold));
+  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  const auto keep_scale = static_cast<Wide>(kernels::dropout_keep_scale(threshold));
   const int64_t stride = blocks * kernels::kDropoutColumns;
   const int64_t per_task = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, stride));
   const int64_t tasks_per_head = (rows + per_task - 1) / per_task;
@@ -46,8 +47,8 @@ void apply_dropout_cpu(at::Tensor& block, const kernels::Seed& seed, int64_t thr
       for (int64_t r = 0; r < count; ++r) {
         T* x = data + (head * rows + row + r) * keys;
         for (int64_t j = 0; j < keys; ++j) {
-          x[j] =
-              static_cast<T>(x[j] * static_cast<T>(random[r * stride + j] >= threshold ? keep_scale : 0.0f));
+          x[j] = static_cast<T>(x[j] *
+                                static_cast<T>(random[r * stride + j] >= threshold ? keep_scale : Wide(0)));
         }
       }
     }

@@ -112,4 +112,24 @@ TORCH_LIBRARY(remnant, m) {
       "bool causal, float dropout, bool[6] needs) -> (Tensor grad_query, Tensor grad_memory, Tensor "
       "grad_in_weight, Tensor grad_in_bias, Tensor grad_out_weight, Tensor grad_out_bias)",
       plain);
+  m.def("draw_seed(Tensor like, Generator? generator=None) -> Tensor", random);
+  m.def("dropout_add(Tensor input, Tensor residual, float p, Generator? generator=None) -> Tensor", random);
+  m.def("dropout_add_forward(Tensor input, Tensor residual, Tensor seed, float p) -> Tensor", plain);
+  m.def("layer_norm(Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> Tensor", plain);
+  m.def("rms_norm(Tensor input, Tensor? weight=None, float? eps=None) -> Tensor", plain);
+  m.def(
+      "dropout_add_layer_norm(Tensor input, Tensor residual, float p, Tensor? weight=None, Tensor? "
+      "bias=None, "
+      "float eps=1e-05, Generator? generator=None, bool need_sum=True) -> (Tensor, Tensor)",
+      random);
+  m.def(
+      "norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float p, "
+      "float eps, bool center, bool need_sum, bool keep, int[] hidden, bool all_hidden) -> (Tensor output, "
+      "Tensor sum, Tensor rstd, Tensor aside)",
+      plain);
+  m.def(
+      "norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor? output, Tensor? rstd, Tensor aside, "
+      "Tensor? weight, Tensor? bias, Tensor? seed, float p, bool center, int[] hidden, bool[4] needs) -> "
+      "(Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+      plain);
 }

@@ -3,12 +3,15 @@
 #include <remnant/memory.h>
 #include <remnant/ops/attention.h>
 #include <remnant/ops/dropout.h>
+#include <remnant/ops/dropout_add.h>
 #include <remnant/ops/linear_cross_entropy.h>
+#include <remnant/ops/norm.h>
 #include <remnant/ops/softmax_approximation.h>
 
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
 namespace remnant {
@@ -90,6 +93,47 @@ TEST(MemoryTable, SoftmaxApproximation) {
 TEST(MemoryTable, Dropout) {
   const at::Tensor x = at::randn({100, 33}).requires_grad_();
   EXPECT_EQ(memory::kept_bytes({dropout(x, 0.1)}), 16);
+}
+
+TEST(MemoryTable, DropoutAdd) {
+  const at::Tensor x = at::randn({100, 33}).requires_grad_(),
+                   residual = at::randn({100, 33}).requires_grad_();
+  EXPECT_EQ(memory::kept_bytes({dropout_add(x, residual, 0.1)}), 16);
+  EXPECT_EQ(memory::kept_bytes({dropout_add(x, residual, 0.0)}), 0);
+  EXPECT_EQ(memory::kept_bytes({dropout_add(x.detach(), residual, 0.1)}), 0);
+}
+
+TEST(MemoryTable, Norms) {
+  const int64_t rows = 50, columns = 33;
+  for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    const auto options = at::TensorOptions().dtype(type);
+    const int64_t wide = type == at::kDouble ? 8 : 4;
+    const at::Tensor x = at::randn({5, 10, columns}, options).requires_grad_();
+    const at::Tensor residual = at::randn({5, 10, columns}, options).requires_grad_();
+    const at::Tensor weight = at::ones({columns}, options).requires_grad_();
+    const at::Tensor bias = at::zeros({columns}, options).requires_grad_();
+    const int64_t output = rows * columns * static_cast<int64_t>(c10::elementSize(type));
+    const auto beside_output = [](const at::Tensor& y) { return memory::kept_bytes({y}, {y}); };
+    EXPECT_EQ(memory::kept_bytes({layer_norm(x, weight, bias)}), output + rows * wide);
+    EXPECT_EQ(beside_output(layer_norm(x, weight, bias)), rows * wide);
+    EXPECT_EQ(beside_output(layer_norm(x)), rows * wide);
+    EXPECT_EQ(beside_output(rms_norm(x, weight)), rows * wide);
+    const at::Tensor y = std::get<0>(dropout_add_layer_norm(x, residual, 0.1, weight, bias));
+    EXPECT_EQ(beside_output(y), rows * wide + 16);
+    EXPECT_EQ(beside_output(std::get<0>(dropout_add_layer_norm(x, residual, 0.0, weight, bias))),
+              rows * wide);
+    // Frozen parameters or a frozen input.
+    EXPECT_EQ(beside_output(layer_norm(x.detach(), weight, bias)), 0);
+    EXPECT_EQ(memory::kept_bytes({layer_norm(x.detach(), weight.detach(), bias)}), 0);
+    // Two columns hide their normalised values, then all do.
+    at::Tensor some = at::ones({columns}, options);
+    some[3] = 0;
+    some[30] = 1e-30;
+    some.requires_grad_();
+    EXPECT_EQ(beside_output(layer_norm(x, some, bias)), rows * wide * 3);
+    const at::Tensor all = at::zeros({columns}, options).requires_grad_();
+    EXPECT_EQ(memory::kept_bytes({layer_norm(x, all, bias)}), rows * wide * (1 + columns));
+  }
 }
 
 TEST(MemoryTable, LinearCrossEntropy) {

@@ -134,6 +134,48 @@ def test_softmax_input_from_output(requires_grad):
     opcheck(ops.softmax_input_from_output.default, (output, torch.rand(3, requires_grad=requires_grad)))
 
 
+UTILITIES = ["test_schema", "test_autograd_registration", "test_faketensor"]  # for what draws random numbers
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_dropout(requires_grad):
+    x, residual = (torch.randn(3, 5, requires_grad=requires_grad) for _ in range(2))
+    opcheck(ops.dropout.default, (x, 0.3), test_utils=UTILITIES)
+    opcheck(ops.dropout_forward.default, (x, 0.3), test_utils=UTILITIES)
+    seed = ops.draw_seed(x.detach())
+    opcheck(ops.draw_seed.default, (x.detach(),), test_utils=UTILITIES)
+    opcheck(ops.dropout_backward.default, (x, seed, 0.3))
+    opcheck(ops.dropout_add.default, (x, residual, 0.3), test_utils=UTILITIES)
+    opcheck(ops.dropout_add.default, (x, residual, 0.0))
+    opcheck(ops.dropout_add_forward.default, (x, residual, seed, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_norms(requires_grad, dtype):
+    x, residual = (torch.randn(3, 5, 8, dtype=dtype, requires_grad=requires_grad) for _ in range(2))
+    weight, bias = (torch.randn(8, dtype=dtype, requires_grad=requires_grad) for _ in range(2))
+    # Compiled code keeps x^, eager code the rounded output.
+    close = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else {}
+    opcheck(ops.layer_norm.default, (x,))
+    opcheck(ops.layer_norm.default, (x, weight, bias, 1e-3), **close)
+    opcheck(ops.rms_norm.default, (x, weight), **close)
+    opcheck(ops.dropout_add_layer_norm.default, (x, residual, 0.3, weight, bias), test_utils=UTILITIES)
+    for need_sum in (False, True):
+        opcheck(ops.dropout_add_layer_norm.default, (x, residual, 0.0, weight, bias), dict(need_sum=need_sum), **close)
+    x, residual, weight, bias = (t.detach() for t in (x, residual, weight, bias))
+    seed = ops.draw_seed(x)
+    for hidden, everything in [([], False), ([1, 4], False), ([], True)]:
+        arguments = (x, residual, weight, bias, seed, 0.3, 1e-5, True, True, True, hidden, everything)
+        opcheck(ops.norm_forward.default, arguments)
+        y, _, rstd, aside = ops.norm_forward(*arguments)
+        kept = None if everything else y
+        for needs in ([True] * 4, [True, False, False, False], [False, True, False, False], [False, False, True, True]):
+            rest = (kept, rstd if needs[0] or needs[1] else None, aside, weight, bias, seed, 0.3, True, hidden, needs)
+            opcheck(ops.norm_backward.default, (torch.randn_like(y), torch.randn_like(y), *rest))
+            opcheck(ops.norm_backward.default, (torch.randn_like(y), None, *rest))
+
+
 # --- torch.compile ---------------------------------------------------------------------------------
 
 
@@ -188,6 +230,32 @@ def test_compiled_softmax_approximation():
         strict=True,
     ):  # fmt: skip
         torch.testing.assert_close(x, y)
+
+
+def compare_compiled(function, *inputs, dynamic=None):
+    """Outputs and gradients of the function, compiled and not, from the same random state."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    results = []
+    for run in (function, compiled):
+        torch.manual_seed(1)
+        y = run(*inputs)
+        y = list(y) if isinstance(y, tuple) else [y]
+        grads = torch.autograd.grad(sum(t.square().sum() for t in y), inputs)
+        results.append([*y, *grads])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_norms():
+    x, residual = (torch.randn(3, 5, 8, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(8, requires_grad=True) for _ in range(2))
+    compare_compiled(lambda x, w, b: remnant.layer_norm(x * 2, w, b), x, weight, bias)
+    compare_compiled(lambda x, w: remnant.rms_norm(x * 2, w), x, weight, dynamic=True)
+    compare_compiled(
+        lambda x, r, w, b: remnant.dropout_add_layer_norm(x * 2, r, 0.3, w, b), x, residual, weight, bias
+    )
+    compare_compiled(lambda x, r: remnant.dropout_add(x * 2, r, 0.3), x, residual, dynamic=True)
 
 
 @pytest.mark.parametrize("policy", ["recompute", "sampled:m=6", "top:m=6"])

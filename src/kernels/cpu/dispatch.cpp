@@ -86,14 +86,25 @@ template int64_t attention_scratch_bytes(const AttentionProblem<double>&);
 
 namespace {
 
-#define REMNANT_KERNEL_TABLE(variant)                                                                    \
-  constexpr CpuKernels k_##variant {                                                                     \
-    #variant, variant::attention_forward<float>, variant::attention_forward<double>,                     \
-        variant::attention_backward<float>, variant::attention_backward<double>,                         \
-        variant::curve_encode<float>, variant::curve_encode<double>, variant::curve_decode<float>,       \
-        variant::curve_decode<double>, variant::dropout_bits, variant::cross_entropy<float>,             \
-        variant::cross_entropy<double>, variant::hidden_forward<float>, variant::hidden_forward<double>, \
-        variant::hidden_backward<float>, variant::hidden_backward<double>                                \
+#define REMNANT_KERNEL_TABLE(variant)                                   \
+  constexpr CpuKernels k_##variant{#variant,                            \
+                                   variant::attention_forward<float>,   \
+                                   variant::attention_forward<double>,  \
+                                   variant::attention_backward<float>,  \
+                                   variant::attention_backward<double>, \
+                                   variant::curve_encode<float>,        \
+                                   variant::curve_encode<double>,       \
+                                   variant::curve_decode<float>,        \
+                                   variant::curve_decode<double>,       \
+                                   variant::dropout_bits,               \
+                                   variant::cross_entropy<float>,       \
+                                   variant::cross_entropy<double>,      \
+                                   variant::hidden_forward<float>,      \
+                                   variant::hidden_forward<double>,     \
+                                   variant::hidden_backward<float>,     \
+                                   variant::hidden_backward<double>};   \
+  constexpr StepKernels k_step_##variant {                              \
+    variant::norm_forward, variant::norm_backward, variant::dropout_add \
   }
 
 REMNANT_KERNEL_TABLE(portable);
@@ -117,7 +128,7 @@ const CpuKernels* find_cpu_kernels(const char* name) {
 #endif
 #ifdef REMNANT_HAVE_AVX2
   if ((any || std::strcmp(name, "avx2") == 0) && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+      __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")) {
     return &k_avx2;
   }
 #endif
@@ -130,6 +141,26 @@ const CpuKernels& cpu_kernels() {
     return named != nullptr ? named : find_cpu_kernels(nullptr);
   }();
   return *kernels;
+}
+
+const StepKernels& find_step_kernels(const CpuKernels* chosen) {
+#ifdef REMNANT_HAVE_AVX512
+  if (chosen == &k_avx512) return k_step_avx512;
+#endif
+#ifdef REMNANT_HAVE_AVX2
+  if (chosen == &k_avx2) return k_step_avx2;
+#endif
+  return k_step_portable;
+}
+
+const StepKernels& step_kernels() {
+  static const StepKernels& kernels = find_step_kernels(&cpu_kernels());
+  return kernels;
+}
+
+// A row in the widest type, its random bits and what drawing them may write beyond.
+int64_t norm_scratch_bytes(int64_t columns) {
+  return columns * static_cast<int64_t>(sizeof(double) + sizeof(uint16_t)) + 1024;
 }
 
 }  // namespace remnant::kernels

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/cpu/attention_kernels.h"
+#include "kernels/cpu/step_kernels.h"
 
 // What each instruction set's copy of the kernel sources defines.
 #define REMNANT_DECLARE_KERNELS(variant)                                                                   \
@@ -21,6 +22,9 @@
   void hidden_forward(const HiddenRows<T>& rows, int64_t begin, int64_t end);                              \
   template <typename T>                                                                                    \
   void hidden_backward(const HiddenRows<T>& rows, int64_t begin, int64_t end);                             \
+  void norm_forward(const NormForward& problem, int64_t begin, int64_t end, void* scratch);                \
+  void norm_backward(const NormBackward& problem, int64_t begin, int64_t end, void* scratch);              \
+  void dropout_add(const DropoutAdd& problem, int64_t begin, int64_t end);                                 \
   }
 
 REMNANT_DECLARE_KERNELS(portable)

@@ -1,0 +1,28 @@
+#include "ops/step_common.h"
+
+#include <ATen/TensorSubclassLikeUtils.h>
+
+namespace remnant::ops {
+
+void check_floating(const char* op, const char* name, const at::Tensor& x) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op,
+              ": ", name, " must be float32, float64, bfloat16 or float16, got ", toString(type));
+}
+
+kernels::Element element_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return kernels::Element::f64;
+    case at::kBFloat16:
+      return kernels::Element::bf16;
+    case at::kHalf:
+      return kernels::Element::f16;
+    default:
+      return kernels::Element::f32;
+  }
+}
+
+bool is_traced(const at::Tensor& x) { return at::isTensorSubclassLike(x); }
+
+}  // namespace remnant::ops

@@ -1,0 +1,40 @@
+#pragma once
+
+#include "kernels/cpu/step_kernels.h"
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+/// What the lean ops of a Transformer step share.
+namespace remnant::ops {
+
+/// Throws unless `x` is float32, float64, bfloat16 or float16.
+void check_floating(const char* op, const char* name, const at::Tensor& x);
+
+/// The kernels' name of a tensor's dtype.
+kernels::Element element_of(at::ScalarType type);
+
+/// Whether values cannot be read: torch.compile and other tracers hand in tensors without any.
+bool is_traced(const at::Tensor& x);
+
+/// residual + dropout(input) for `seed`; residual may be undefined. `input` is contiguous.
+at::Tensor dropout_add_cpu(const at::Tensor& input, const at::Tensor& residual, const at::Tensor& seed,
+                           double p);
+at::Tensor dropout_add_composite(const at::Tensor& input, const at::Tensor& residual, const at::Tensor& seed,
+                                 double p);
+/// The mask of a flat tensor of that shape: 0 or 1 / (1 - realised rate).
+at::Tensor flat_dropout_mask(const at::Tensor& like, const at::Tensor& seed, double p,
+                             const at::TensorOptions& options);
+
+/// The columns of a norm whose x^ cannot be had from y well enough. `all`: every one of them.
+struct HiddenColumns {
+  std::vector<int64_t> list;
+  bool all = false;
+};
+HiddenColumns hidden_columns(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                             const std::optional<at::Tensor>& bias);
+
+}  // namespace remnant::ops

@@ -1,0 +1,217 @@
+// Kernels of the other ops of a step against plain loops in float64, on every instruction set that this
+// machine has, at every length up to twice the vector width and awkward ones. Also run under sanitizers.
+
+#include "kernels/cpu/step_kernels.h"
+#include "kernels/cpu/attention_kernels.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace remnant {
+namespace {
+
+using kernels::CpuKernels;
+using kernels::Element;
+using kernels::StepKernels;
+
+std::vector<const CpuKernels*> available() {
+  std::vector<const CpuKernels*> found;
+  for (const char* name : {"portable", "avx2", "avx512"}) {
+    if (const CpuKernels* k = kernels::find_cpu_kernels(name)) found.push_back(k);
+  }
+  return found;
+}
+
+class StepVariant : public testing::TestWithParam<const CpuKernels*> {
+ protected:
+  const CpuKernels& cpu() const { return *GetParam(); }
+  const StepKernels& step() const { return kernels::find_step_kernels(GetParam()); }
+};
+INSTANTIATE_TEST_SUITE_P(Cpu, StepVariant, testing::ValuesIn(available()),
+                         [](const auto& info) { return std::string(info.param->name); });
+
+std::vector<int64_t> lengths() {
+  std::vector<int64_t> n(34);
+  std::iota(n.begin(), n.end(), 1);
+  for (int64_t more : {63, 64, 65, 255, 256, 257, 1000}) n.push_back(more);
+  return n;
+}
+
+template <typename T>
+std::vector<T> random(int64_t size, uint32_t seed, double low = -1, double high = 1) {
+  std::mt19937 engine(seed);
+  std::uniform_real_distribution<double> draw(low, high);
+  std::vector<T> x(static_cast<size_t>(size));
+  for (T& value : x) value = static_cast<T>(draw(engine));
+  return x;
+}
+
+// The mask as attention's kernels draw it: a row a chunk.
+std::vector<double> mask_of(const CpuKernels& cpu, const kernels::Seed& seed, int64_t threshold,
+                            int64_t size) {
+  const int64_t chunks = (size + kernels::kFlatChunk - 1) / kernels::kFlatChunk;
+  std::vector<uint16_t> bits(static_cast<size_t>(chunks * kernels::kFlatChunk));
+  cpu.dropout_bits(seed, 0, 0, chunks, 0, kernels::kFlatChunk / kernels::kDropoutColumns, bits.data());
+  std::vector<double> mask(static_cast<size_t>(size));
+  for (size_t e = 0; e < mask.size(); ++e) {
+    mask[e] = bits[e] >= threshold ? kernels::dropout_keep_scale(threshold) : 0;
+  }
+  return mask;
+}
+
+template <typename T>
+void compare_norm(const CpuKernels& cpu, const StepKernels& step, int64_t n, bool center, bool hide) {
+  constexpr int64_t rows = 3;
+  constexpr Element element = sizeof(T) == 8 ? Element::f64 : Element::f32;
+  const double tolerance = sizeof(T) == 8 ? 1e-11 : 2e-4;
+  const kernels::Seed seed{11, 12, 13};
+  const int64_t threshold = kernels::dropout_threshold(0.25);
+  const auto x = random<T>(rows * n, 1), residual = random<T>(rows * n, 2), grad = random<T>(rows * n, 3),
+             grad_sum = random<T>(rows * n, 4), bias = random<T>(n, 6);
+  auto weight = random<T>(n, 5, 0.5, 1.5);
+  std::vector<int64_t> hidden;
+  for (int64_t j = 0; hide && j < n; j += 3) {
+    weight[j] = 0;
+    hidden.push_back(j);
+  }
+  const auto mask = mask_of(cpu, seed, threshold, rows * n);
+  std::vector<T> y(rows * n), sum(rows * n), rstd(rows), aside(rows * hidden.size() + 1);
+  std::vector<std::max_align_t> scratch(
+      static_cast<size_t>(kernels::norm_scratch_bytes(n)) / sizeof(std::max_align_t) + 1);
+  kernels::NormForward f;
+  f.element = element;
+  f.columns = n;
+  f.center = center;
+  f.eps = 0.1;  // no row of equal values is divided by 0
+  f.x = x.data();
+  f.residual = residual.data();
+  f.weight = weight.data();
+  f.bias = bias.data();
+  f.drop_threshold = threshold;
+  f.seed = seed;
+  f.y = y.data();
+  f.sum = sum.data();
+  f.rstd = rstd.data();
+  f.aside_columns = hidden.data();
+  f.aside_count = static_cast<int64_t>(hidden.size());
+  f.aside = hidden.empty() ? nullptr : aside.data();
+  step.norm_forward(f, 0, 2, scratch.data());
+  step.norm_forward(f, 2, rows, scratch.data());
+
+  std::vector<T> inverse(n), grad_x(rows * n), grad_residual(rows * n), grad_weight(n), grad_bias(n);
+  for (int64_t j = 0; j < n; ++j) inverse[j] = weight[j] == 0 ? T(0) : T(1) / weight[j];
+  kernels::NormBackward b;
+  b.element = element;
+  b.columns = n;
+  b.center = center;
+  b.grad_y = grad.data();
+  b.grad_sum = grad_sum.data();
+  b.y = y.data();
+  b.rstd = rstd.data();
+  b.weight = weight.data();
+  b.inverse_weight = inverse.data();
+  b.bias = bias.data();
+  b.aside_columns = hidden.data();
+  b.aside_count = f.aside_count;
+  b.aside = f.aside;
+  b.drop_threshold = threshold;
+  b.seed = seed;
+  b.grad_residual = grad_residual.data();
+  b.grad_x = grad_x.data();
+  b.grad_weight = grad_weight.data();
+  b.grad_bias = grad_bias.data();
+  step.norm_backward(b, 0, 1, scratch.data());
+  step.norm_backward(b, 1, rows, scratch.data());
+
+  std::vector<double> want_weight(n), want_bias(n);
+  for (int64_t i = 0; i < rows; ++i) {
+    std::vector<double> v(n), normalised(n);
+    double mean = 0, square = 0, total = 0, product = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      v[j] = x[i * n + j] * mask[i * n + j] + residual[i * n + j];
+      EXPECT_NEAR(sum[i * n + j], v[j], tolerance);
+      if (center) mean += v[j] / static_cast<double>(n);
+    }
+    for (int64_t j = 0; j < n; ++j) square += (v[j] - mean) * (v[j] - mean) / static_cast<double>(n);
+    const double inverse_deviation = 1 / std::sqrt(square + 0.1);
+    EXPECT_NEAR(rstd[i], inverse_deviation, tolerance);
+    for (int64_t j = 0; j < n; ++j) {
+      normalised[j] = (v[j] - mean) * inverse_deviation;
+      EXPECT_NEAR(y[i * n + j], normalised[j] * weight[j] + bias[j], tolerance);
+      const double h = static_cast<double>(grad[i * n + j]) * weight[j];
+      total += h / static_cast<double>(n);
+      product += h * normalised[j] / static_cast<double>(n);
+      want_weight[j] += grad[i * n + j] * normalised[j];
+      want_bias[j] += grad[i * n + j];
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      const double h = static_cast<double>(grad[i * n + j]) * weight[j];
+      const double want =
+          inverse_deviation * (h - (center ? total : 0) - normalised[j] * product) + grad_sum[i * n + j];
+      EXPECT_NEAR(grad_residual[i * n + j], want, tolerance) << n;
+      EXPECT_NEAR(grad_x[i * n + j], want * mask[i * n + j], tolerance) << n;
+    }
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    EXPECT_NEAR(grad_weight[j], want_weight[j], tolerance) << n;
+    EXPECT_NEAR(grad_bias[j], want_bias[j], tolerance);
+  }
+}
+
+TEST_P(StepVariant, NormsEqualTheirFormula) {
+  for (int64_t n : lengths()) {
+    compare_norm<float>(cpu(), step(), n, true, false);
+    compare_norm<double>(cpu(), step(), n, true, true);
+    compare_norm<float>(cpu(), step(), n, false, true);
+  }
+}
+
+TEST_P(StepVariant, DropoutAddAcrossChunks) {
+  const kernels::Seed seed{21, 22, 23};
+  const int64_t size = 2 * kernels::kFlatChunk + 77;
+  const int64_t threshold = kernels::dropout_threshold(0.4);
+  const auto x = random<float>(size, 1), residual = random<float>(size, 2);
+  const auto mask = mask_of(cpu(), seed, threshold, size);
+  std::vector<float> y(static_cast<size_t>(size));
+  kernels::DropoutAdd p;
+  p.x = x.data();
+  p.residual = residual.data();
+  p.y = y.data();
+  p.seed = seed;
+  p.drop_threshold = threshold;
+  // Cuts anywhere: inside of a block of 8 and of a chunk.
+  const int64_t cuts[] = {0, 1, 13, 4095, 4100, 6000, 8192, size};
+  for (size_t c = 0; c + 1 < std::size(cuts); ++c) step().dropout_add(p, cuts[c], cuts[c + 1]);
+  for (size_t e = 0; e < y.size(); ++e) EXPECT_NEAR(y[e], residual[e] + x[e] * mask[e], 1e-6) << e;
+}
+
+// Every 16-bit pattern goes through x + 0 and comes back as it was; NaN as some NaN.
+TEST_P(StepVariant, HalfTypesWidenAndNarrow) {
+  std::vector<uint16_t> x(65536), zero(65536), y(65536);
+  std::iota(x.begin(), x.end(), uint16_t{0});
+  for (Element element : {Element::bf16, Element::f16}) {
+    const int mantissa = element == Element::bf16 ? 7 : 10;
+    kernels::DropoutAdd p;
+    p.element = element;
+    p.x = x.data();
+    p.y = y.data();
+    step().dropout_add(p, 0, 65536);
+    const uint16_t exponent = static_cast<uint16_t>((0x7fff >> mantissa) << mantissa);
+    for (size_t e = 0; e < x.size(); ++e) {
+      const bool nan = (x[e] & 0x7fff) > exponent;
+      if (nan) {
+        EXPECT_GT(y[e] & 0x7fff, exponent) << e;
+      } else {
+        EXPECT_EQ(y[e], x[e]) << e;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace remnant

@@ -1,0 +1,98 @@
+"""The ops of a Transformer step give the same on every instruction set and on the device-independent path."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import remnant
+
+HERE = Path(__file__).parent
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def peak(x):
+    return float(x.double().abs().max())
+
+
+def seeded():
+    return torch.Generator().manual_seed(7)
+
+
+def leaf(*shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
+
+
+def differentiate(outputs, inputs):
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    grads = [leaf(*y.shape, dtype=y.dtype, seed=9).detach() for y in outputs]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, inputs, grads)]
+
+
+def norm_case(dtype, columns):
+    x, residual = leaf(9, columns, dtype=dtype), leaf(9, columns, dtype=dtype, seed=1)
+    weight, bias = leaf(columns, dtype=dtype, seed=2), leaf(columns, dtype=dtype, seed=3)
+    y = remnant.dropout_add_layer_norm(x, residual, 0.2, weight, bias, generator=seeded())
+    return differentiate(y, [x, residual, weight, bias])
+
+
+def rms_case(dtype, columns):
+    x, weight = leaf(9, columns, dtype=dtype), leaf(columns, dtype=dtype, seed=2)
+    return differentiate(remnant.rms_norm(x, weight), [x, weight])
+
+
+def dropout_case(dtype, columns):
+    x, residual = leaf(150, columns, dtype=dtype), leaf(150, columns, dtype=dtype, seed=1)
+    return differentiate(
+        (remnant.dropout(x, 0.3, generator=seeded()), remnant.dropout_add(x, residual, 0.6, generator=seeded())),
+        [x, residual],
+    )
+
+
+CASES = [norm_case, rms_case, dropout_case]
+COLUMNS = [1, 7, 64, 100]
+
+
+def results():
+    return {
+        (case.__name__, str(dtype), columns): case(dtype, columns)
+        for case in CASES for dtype in DTYPES for columns in COLUMNS
+    }  # fmt: skip
+
+
+def save_results(path):
+    torch.set_num_threads(2)
+    torch.save(results(), path)
+
+
+@pytest.fixture(scope="module")
+def here():
+    return results()
+
+
+@pytest.mark.parametrize("name", ["composite", "portable", "avx2", "avx512"])
+def test_every_path_computes_the_same(name, here, tmp_path):
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    flag = {"avx2": r"\bavx2\b", "avx512": r"\bavx512bw\b"}.get(name)
+    if flag is not None and not re.search(flag, flags):
+        pytest.skip(f"this machine lacks {name}")
+    path = tmp_path / "results.pt"
+    environment = {**os.environ, "REMNANT_CPU": name, "REMNANT_LIBRARY": str(remnant.library_path)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(remnant.__file__).resolve().parents[1]), str(HERE)])
+    code = f"import test_step_paths; test_step_paths.save_results({str(path)!r})"
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=HERE, check=True, timeout=300)
+    there = torch.load(path)
+    assert there.keys() == here.keys()
+    for case, tensors in here.items():
+        for have, want in zip(tensors, there[case], strict=True):
+            assert have.dtype == want.dtype and have.shape == want.shape, case
+            tolerance = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+            allowed = tolerance[have.dtype] * max(1.0, peak(want))
+            assert peak(have.double() - want.double()) <= allowed, case
+            if case[0] == "dropout_case":
+                assert torch.equal(have == 0, want == 0), case
