@@ -9,6 +9,7 @@
 #include <remnant/nn/transformer.h>
 #include <remnant/ops/dropout.h>
 #include <remnant/ops/linear_cross_entropy.h>
+#include <remnant/ops/norm.h>
 #include <remnant/plan.h>
 
 #include <torch/nn/module.h>
@@ -127,7 +128,7 @@ class Language final : public Model {
     for (const auto& layer : *layers_) {
       x = layer->as<remnant::nn::TransformerEncoderLayer>()->forward(x, {}, {}, /*is_causal=*/true);
     }
-    x = norm_(x);
+    x = lean_ ? remnant::layer_norm(x, norm_->weight, norm_->bias, norm_->options.eps()) : norm_(x);
     return remnant::linear_cross_entropy(x.flatten(0, 1), output_->weight, output_->bias, next_);
   }
 

@@ -3,7 +3,9 @@
 #include <remnant/nn/transformer.h>
 
 #include <remnant/ops/dropout.h>
+#include <remnant/ops/dropout_add.h>
 #include <remnant/ops/feed_forward.h>
+#include <remnant/ops/norm.h>
 
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/gelu.h>
@@ -102,13 +104,22 @@ void print_layer(std::ostream& stream, const char* name, const TransformerLayerO
          << options.memory().str() << ")";
 }
 
+std::optional<Tensor> optional(const Tensor& x) { return x.defined() ? std::make_optional(x) : std::nullopt; }
+
 /// x + dropout(block(x)), normalised before the block (pre-norm) or after the sum (post-norm).
 template <typename Layer, typename Block>
 Tensor residual(const Layer& layer, const Tensor& x, torch::nn::LayerNorm& norm,
                 const torch::nn::Dropout& dropout, const Block& block) {
   const LayerMemory& memory = layer.options.memory();
-  if (layer.options.norm_first()) return x + drop(dropout, block(norm(x)), memory);
-  return norm(x + drop(dropout, block(x), memory));
+  const bool norm_first = layer.options.norm_first();
+  if (memory.norm_input || !layer.is_training()) {
+    return norm_first ? x + drop(dropout, block(norm(x)), memory) : norm(x + drop(dropout, block(x), memory));
+  }
+  const double p = dropout->is_training() ? dropout->options.p() : 0.0, eps = norm->options.eps();
+  const auto weight = optional(norm->weight), bias = optional(norm->bias);
+  if (norm_first) return dropout_add(block(layer_norm(x, weight, bias, eps)), x, p);
+  return std::get<0>(
+      dropout_add_layer_norm(block(x), x, p, weight, bias, eps, std::nullopt, /*need_sum=*/false));
 }
 
 /// body(x...), or under a layer that keeps its inputs alone a checkpoint of it.
@@ -117,8 +128,6 @@ Tensor run_layer(const Layer& layer, const Body& body, const Inputs&... inputs) 
   if (layer.options.memory().checkpoint && layer.is_training()) return remnant::checkpoint(body, inputs...);
   return body(inputs...);
 }
-
-std::optional<Tensor> optional(const Tensor& x) { return x.defined() ? std::make_optional(x) : std::nullopt; }
 
 template <typename Layer>
 Tensor feed_forward_block(Layer& layer, const Tensor& x) {
