@@ -1,3 +1,4 @@
+#include "classify/command.h"
 #include "common/error.h"
 #include "common/run_folder.h"
 #include "lm/command.h"
@@ -77,6 +78,7 @@ int main(int argc, char** argv) {
   std::function<int()> action;
   remnant::app::translate::add_command(program, action);
   remnant::app::lm::add_command(program, action);
+  remnant::app::classify::add_command(program, action);
   try {
     program.parse(argc, argv);
   } catch (const CLI::Success& success) {
