@@ -1,5 +1,7 @@
+#include "classify/command.h"
 #include "common/error.h"
 #include "common/run_folder.h"
+#include "lm/command.h"
 #include "translate/command.h"
 
 #include <c10/util/Exception.h>
@@ -75,6 +77,8 @@ int main(int argc, char** argv) {
   program.require_subcommand(1);
   std::function<int()> action;
   remnant::app::translate::add_command(program, action);
+  remnant::app::lm::add_command(program, action);
+  remnant::app::classify::add_command(program, action);
   try {
     program.parse(argc, argv);
   } catch (const CLI::Success& success) {

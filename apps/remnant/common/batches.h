@@ -2,6 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <random>
 #include <utility>
@@ -21,6 +23,15 @@ void shuffle(std::vector<T>& items, std::mt19937_64& random) {
 
 /// Rows in groups of `size`, in their order; the last group may be smaller.
 std::vector<std::vector<int64_t>> cut(const std::vector<int64_t>& rows, int64_t size);
+
+/// Every other item, and the others: two parts of like lengths where the items are sorted. `turn` decides
+/// which part gets the first item, and with it the odd one: batches take turns.
+template <typename T>
+std::array<std::vector<T>, 2> alternate(const std::vector<T>& items, size_t turn) {
+  std::array<std::vector<T>, 2> parts;
+  for (const T& item : items) parts[turn++ % 2].push_back(item);
+  return parts;
+}
 
 /// Rows grouped into batches of similar length, in random order; a function of `seed` and `epoch` alone.
 std::vector<std::vector<int64_t>> batches_by_length(const std::vector<int64_t>& lengths, int64_t batch_size,

@@ -19,7 +19,6 @@
 #include <map>
 #include <memory>
 #include <optional>
-#include <set>
 
 namespace remnant::app {
 namespace fs = std::filesystem;
@@ -90,38 +89,45 @@ std::string gunzip(const std::string& packed, const fs::path& file) {
   }
 }
 
-/// Every byte is the code point of its number.
-std::string from_latin1(std::string_view bytes) {
-  std::string text;
-  text.reserve(bytes.size());
-  for (const char c : bytes) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (byte < 0x80) {
-      text += c;
-    } else {
-      text += static_cast<char>(0xc0 | byte >> 6);
-      text += static_cast<char>(0x80 | (byte & 0x3f));
-    }
-  }
-  return text;
-}
-
 // White space, control and formatting characters. Code points that this ICU does not know yet (new
 // emoji, say) are text.
 bool is_blank(UChar32 c) { return (U_GET_GC_MASK(c) & (U_GC_Z_MASK | U_GC_CC_MASK | U_GC_CF_MASK)) != 0; }
 
-// ---- A corpus folder ----
-
-std::set<std::string> file_names(const fs::path& dir) {
-  std::error_code error;
-  std::set<std::string> names;
-  for (fs::directory_iterator entry(dir, error), last; !error && entry != last; entry.increment(error)) {
-    std::error_code ignored;  // a broken link is simply not a file
-    if (entry->is_regular_file(ignored)) names.insert(entry->path().filename().string());
-  }
-  if (error) throw Error("cannot read the data folder " + quoted(dir) + ": " + error.message());
-  return names;
+std::string unpacked_bytes(const fs::path& file) {
+  std::string content = read_bytes(file);
+  if (is_gzip(content)) content = gunzip(content, file);
+  if (content.starts_with("\xef\xbb\xbf")) content.erase(0, 3);
+  return content;
 }
+
+std::vector<std::string_view> lines_of(std::string_view rest) {
+  std::vector<std::string_view> lines;
+  while (!rest.empty()) {
+    const size_t newline = rest.find('\n');
+    std::string_view line = rest.substr(0, newline);
+    rest.remove_prefix(newline == std::string_view::npos ? rest.size() : newline + 1);
+    if (line.ends_with('\r')) line.remove_suffix(1);
+    lines.push_back(line);
+  }
+  return lines;
+}
+
+[[noreturn]] void throw_not_utf8(const fs::path& file, int64_t line) {
+  throw Error("line " + std::to_string(line) + " of " + quoted(file) +
+              " is not valid UTF-8; convert the file to UTF-8 (for example with iconv)");
+}
+
+icu::UnicodeString unicode(std::string_view text) {
+  return icu::UnicodeString::fromUTF8(icu::StringPiece(text.data(), static_cast<int32_t>(text.size())));
+}
+
+/// With U+FFFD for what is not UTF-8.
+std::string repaired_utf8(std::string_view text) {
+  std::string repaired;
+  return unicode(text).toUTF8String(repaired);
+}
+
+// ---- A corpus folder ----
 
 // `stem.language`, or else its gzip form.
 std::optional<std::string> find_side(const std::set<std::string>& names, const std::string& stem,
@@ -169,8 +175,6 @@ std::pair<fs::path, fs::path> find_pair(const fs::path& dir, const std::string& 
     }
   }
 
-  const std::string listing =
-      names.empty() ? "the folder holds no files" : "the folder holds " + joined(names);
   std::string missing;
   for (const std::string& language : {source, target}) {
     if (find_side(names, split, language)) continue;
@@ -178,7 +182,7 @@ std::pair<fs::path, fs::path> find_pair(const fs::path& dir, const std::string& 
     missing += "'" + split + "." + language + "' (or .gz)";
     if (source == target) break;
   }
-  throw Error("no " + missing + " in " + quoted(dir) + "; " + listing);
+  throw Error("no " + missing + " in " + quoted(dir) + "; " + folder_listing(names));
 }
 
 // ---- Words ----
@@ -236,11 +240,16 @@ int64_t characters(std::string_view text) {
                        [](char c) { return (static_cast<unsigned char>(c) & 0xc0) != 0x80; });
 }
 
-std::string repair_utf8(std::string_view text) {
-  std::string repaired;
-  icu::UnicodeString::fromUTF8(icu::StringPiece(text.data(), static_cast<int32_t>(text.size())))
-      .toUTF8String(repaired);
-  return repaired;
+std::string printable_utf8(std::string_view text) {
+  const icu::UnicodeString read = unicode(text);
+  icu::UnicodeString shown;
+  for (int32_t i = 0; i < read.length(); i = read.moveIndex32(i, 1)) {
+    const UChar32 c = read.char32At(i);
+    const bool control = u_charType(c) == U_CONTROL_CHAR && c != '\t' && c != '\n' && c != '\r';
+    shown.append(control ? UChar32{0xfffd} : c);
+  }
+  std::string result;
+  return shown.toUTF8String(result);
 }
 
 std::string fingerprint(std::string_view bytes) {
@@ -251,39 +260,37 @@ std::string fingerprint(std::string_view bytes) {
   return text;
 }
 
-Encoding parse_encoding(const std::string& name) {
-  if (name == "utf-8") return Encoding::utf8_unless_told;
-  if (name == "latin-1") return Encoding::latin1;
-  throw UsageError("--encoding should be utf-8 or latin-1, got '" + name + "'");
-}
-
-std::string read_text(const fs::path& file, Encoding encoding) {
-  std::string content = read_bytes(file);
-  if (is_gzip(content)) content = gunzip(content, file);
-  if (encoding == Encoding::latin1) return from_latin1(content);
-  if (content.starts_with("\xef\xbb\xbf")) content.erase(0, 3);
+std::string read_text(const fs::path& file) {
+  std::string content = unpacked_bytes(file);
   if (is_utf8(content)) return content;
   int64_t line = 1;
-  for (size_t begin = 0; begin < content.size(); ++line) {
-    const size_t end = std::min(content.find('\n', begin), content.size());
-    if (!is_utf8(std::string_view(content).substr(begin, end - begin))) break;
-    begin = end + 1;
+  for (const std::string_view each : lines_of(content)) {
+    if (!is_utf8(each)) break;
+    ++line;
   }
-  throw Error("line " + std::to_string(line) + " of " + quoted(file) +
-              " is not valid UTF-8; convert the file to UTF-8 (for example with iconv)" +
-              (encoding == Encoding::utf8 ? "" : " or, if it is ISO 8859-1, pass --encoding latin-1"));
+  throw_not_utf8(file, line);
 }
 
-std::vector<std::string> read_lines(const fs::path& file, Encoding encoding) {
-  const std::string content = read_text(file, encoding);
-  std::string_view rest = content;
+std::vector<std::string> read_lines(const fs::path& file) {
+  const std::string content = read_text(file);
+  const std::vector<std::string_view> lines = lines_of(content);
+  return {lines.begin(), lines.end()};
+}
+
+std::vector<std::string> read_damaged_lines(const fs::path& file, int64_t& repaired) {
+  constexpr int64_t kSound = 1000;
+  const std::string content = unpacked_bytes(file);
+  const std::vector<std::string_view> found = lines_of(content);
   std::vector<std::string> lines;
-  while (!rest.empty()) {
-    const size_t newline = rest.find('\n');
-    std::string_view line = rest.substr(0, newline);
-    rest.remove_prefix(newline == std::string_view::npos ? rest.size() : newline + 1);
-    if (line.ends_with('\r')) line.remove_suffix(1);
-    lines.emplace_back(line);
+  int64_t allowed = static_cast<int64_t>(found.size()) / kSound;
+  for (const std::string_view line : found) {
+    if (is_utf8(line)) {
+      lines.emplace_back(line);
+      continue;
+    }
+    if (allowed-- == 0) throw_not_utf8(file, static_cast<int64_t>(lines.size()) + 1);
+    lines.push_back(repaired_utf8(line));
+    ++repaired;
   }
   return lines;
 }
@@ -295,6 +302,21 @@ bool has_word(std::string_view sentence) {
     if (c < 0 || !is_blank(c)) return true;
   }
   return false;
+}
+
+std::set<std::string> file_names(const fs::path& dir) {
+  std::error_code error;
+  std::set<std::string> names;
+  for (fs::directory_iterator entry(dir, error), last; !error && entry != last; entry.increment(error)) {
+    std::error_code ignored;  // a broken link is simply not a file
+    if (entry->is_regular_file(ignored)) names.insert(entry->path().filename().string());
+  }
+  if (error) throw Error("cannot read the data folder " + quoted(dir) + ": " + error.message());
+  return names;
+}
+
+std::string folder_listing(const std::set<std::string>& names) {
+  return names.empty() ? "the folder holds no files" : "the folder holds " + joined(names);
 }
 
 ParallelText read_parallel(const fs::path& dir, const std::string& split, const std::string& source_language,
@@ -326,8 +348,7 @@ ParallelText read_parallel(const fs::path& dir, const std::string& split, const 
 std::vector<std::string> tokenize(std::string_view sentence, const std::string& locale) {
   WordBreaker& breaker = word_breaker(locale);
   icu::UnicodeString& text = breaker.text;
-  text =
-      icu::UnicodeString::fromUTF8(icu::StringPiece(sentence.data(), static_cast<int32_t>(sentence.size())));
+  text = unicode(sentence);
   text.toLower(breaker.locale);
   breaker.boundaries->setText(text);
 

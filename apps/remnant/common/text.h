@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <set>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -13,26 +14,24 @@ namespace remnant::app {
 bool is_utf8(std::string_view text);
 /// Code points of well-formed UTF-8.
 int64_t characters(std::string_view text);
-/// `text` with U+FFFD for what is not UTF-8.
-std::string repair_utf8(std::string_view text);
+/// `text` with U+FFFD for what is not UTF-8 and for control characters other than tabs and line ends.
+std::string printable_utf8(std::string_view text);
 
 /// 64-bit FNV-1a of the bytes, as hexadecimal digits.
 std::string fingerprint(std::string_view bytes);
 
-/// How a file's bytes stand for characters.
-enum class Encoding {
-  utf8,
-  utf8_unless_told,  ///< the same where the user has --encoding: the error on other files says so
-  latin1
-};
-/// What --encoding says: "utf-8" or "latin-1"; throws UsageError.
-Encoding parse_encoding(const std::string& name);
-
-/// A plain or gzip file (recognised by content, not by name) as UTF-8, without a byte-order mark. Throws
-/// Error: missing or unreadable file, truncated gzip, invalid UTF-8 (with the line number).
-std::string read_text(const std::filesystem::path& file, Encoding encoding = Encoding::utf8);
+/// A plain or gzip file (recognised by content, not by name), without a byte-order mark. Throws Error:
+/// missing or unreadable file, truncated gzip, invalid UTF-8 (with the line number).
+std::string read_text(const std::filesystem::path& file);
 /// Its lines; "\r\n" ends a line like "\n".
-std::vector<std::string> read_lines(const std::filesystem::path& file, Encoding encoding = Encoding::utf8);
+std::vector<std::string> read_lines(const std::filesystem::path& file);
+/// The same, but one line in a thousand may be damaged: what is not UTF-8 in it becomes U+FFFD. Adds the
+/// number of such lines to `repaired`.
+std::vector<std::string> read_damaged_lines(const std::filesystem::path& file, int64_t& repaired);
+/// The files of a folder. Throws Error when it cannot be read.
+std::set<std::string> file_names(const std::filesystem::path& folder);
+/// "the folder holds a, b"
+std::string folder_listing(const std::set<std::string>& names);
 /// True when tokenize() would find something in UTF-8 `text`.
 bool has_word(std::string_view text);
 
