@@ -3,6 +3,7 @@
 // again, from q, k and lse or from the kept codes, turned in place into D P and dz for the products that
 // make the gradients. Scratch is a few tiles, whatever the number of keys.
 
+#include "kernels/cpu/ahead.h"
 #include "kernels/cpu/curve_tiles.h"
 #include "kernels/cpu/products.h"
 #include "kernels/cpu/rows.h"
@@ -78,11 +79,11 @@ void transpose_query(const AttentionProblem<T>& problem, const Block& block, Scr
 
 // A tile's masked logits.
 template <typename T>
-void score_tile(const AttentionProblem<T>& problem, const Block& block, const Tile& tile,
-                Scratch<T>& scratch) {
+void score_tile(const AttentionProblem<T>& problem, const Block& block, const Tile& tile, Scratch<T>& scratch,
+                Ahead& ahead) {
   multiply<false, false>(tile.end - tile.begin, block.padded, problem.head_dim,
                          problem.key.at(block.b, block.kv_head, block.key_row + tile.begin), problem.key.row,
-                         scratch.query, block.padded, scratch.scores, block.padded);
+                         scratch.query, block.padded, scratch.scores, block.padded, ahead);
   mask_tile(problem, block, tile, scratch.allowed, scratch.scores);
 }
 
@@ -248,7 +249,8 @@ void keep_sample(const AttentionProblem<T>& problem, const Block& block, const S
 }
 
 template <typename T>
-void forward_block(const AttentionForward<T>& problem, const Block& block, Scratch<T>& scratch) {
+void forward_block(const AttentionForward<T>& problem, const Block& block, Scratch<T>& scratch,
+                   Ahead& ahead) {
   const bool curve = problem.keep == Keep::curve;
   const bool samples = problem.keep == Keep::sample;
   const bool drops = problem.drop_threshold > 0;
@@ -269,7 +271,7 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
       for (int64_t r = 0; r < 2 * problem.block_rows; ++r) mass[r] = 0;
     }
     if (count <= 0) continue;
-    score_tile(problem, block, tile, scratch);
+    score_tile(problem, block, tile, scratch, ahead);
     if (curve) {
       // Whole rows: their logits are sorted before they turn into P.
       std::memcpy(scratch.products, scratch.scores, static_cast<size_t>(count * block.padded) * sizeof(T));
@@ -288,7 +290,7 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
     const T* const value = problem.value.at(block.b, block.kv_head, block.key_row + tile.begin);
     if (first) {
       multiply<true, false>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value,
-                            problem.value.row, scratch.output, scratch.output_stride);
+                            problem.value.row, scratch.output, scratch.output_stride, ahead);
     } else {
       if (corrects) {
         for (int64_t r = 0; r < block.rows; ++r) {
@@ -299,7 +301,7 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
         }
       }
       multiply<true, true>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value,
-                           problem.value.row, scratch.output, scratch.output_stride);
+                           problem.value.row, scratch.output, scratch.output_stride, ahead);
     }
     first = false;
   }
@@ -342,7 +344,7 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
     for (int64_t begin = 0; begin < block.keys; begin += problem.tile_keys) {
       const Tile tile = make_tile(problem, block, begin, begin + problem.tile_keys, false, scratch.allowed);
       if (tile.begin >= tile.end) continue;
-      score_tile(problem, block, tile, scratch);
+      score_tile(problem, block, tile, scratch, ahead);
       keep_tile(problem, block, tile, scratch);
     }
   }
@@ -506,7 +508,7 @@ int64_t lane_of(int64_t item, int64_t lanes) {
 // A tile of P from what the policy kept, into scores; logits instead where lse will make P of them.
 template <typename T>
 void rebuild_tile(const AttentionBackward<T>& problem, const Block& block, const Tile& tile,
-                  Scratch<T>& scratch) {
+                  Scratch<T>& scratch, Ahead& ahead) {
   const int64_t count = tile.end - tile.begin;
   switch (problem.keep) {
     case Keep::probabilities:
@@ -523,7 +525,7 @@ void rebuild_tile(const AttentionBackward<T>& problem, const Block& block, const
                         problem.m, problem.paper_text, scratch.scores);
       break;
     default:
-      score_tile(problem, block, tile, scratch);
+      score_tile(problem, block, tile, scratch, ahead);
       return;
   }
   // Padding that the transposition does not reach, and keys up to a whole block of columns.
@@ -573,7 +575,7 @@ void prepare_rows(const AttentionBackward<T>& problem, const Block& block, bool 
 // `opens`: the lane's first block of queries, which writes dK and dV where later ones add.
 template <typename T>
 void backward_block(const AttentionBackward<T>& problem, const Block& block, int64_t segment, bool opens,
-                    Scratch<T>& scratch) {
+                    Scratch<T>& scratch, Ahead& ahead) {
   const bool needs_dz = problem.grad_query.data != nullptr || problem.grad_key.data != nullptr;
   const bool drops = problem.drop_threshold > 0;
   const bool curve = problem.keep == Keep::curve;
@@ -592,12 +594,12 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
       zero_rows(problem.grad_value, block.b, block.kv_head, block.key_row + begin, whole, problem.value_dim);
     }
     if (count <= 0) continue;
-    rebuild_tile(problem, block, tile, scratch);
+    rebuild_tile(problem, block, tile, scratch, ahead);
     T* const products = needs_dz ? scratch.products : nullptr;
     if (needs_dz) {
       multiply<false, false>(count, block.padded, problem.value_dim,
                              problem.value.at(block.b, block.kv_head, block.key_row + tile.begin),
-                             problem.value.row, scratch.grad, block.padded, products, block.padded);
+                             problem.value.row, scratch.grad, block.padded, products, block.padded, ahead);
       const int64_t end = round_up(count, kDropoutColumns);
       std::memset(products + count * block.padded, 0,
                   static_cast<size_t>((end - count) * block.padded) * sizeof(T));
@@ -613,26 +615,28 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
     pass(scratch.scores, products, block.padded, count, scratch.lse, scratch.delta, drop);
     const int64_t key_row = block.key_row + tile.begin;
     if (problem.grad_value.data != nullptr) {
-      (writes ? multiply<false, false, T>
-              : multiply<false, true, T>)(count, problem.value_dim, block.rows, scratch.scores, block.padded,
-                                          g, problem.grad_output.row,
-                                          problem.grad_value.at(block.b, block.kv_head, key_row),
-                                          problem.grad_value.row);
+      (writes ? multiply<false, false, T, Ahead>
+              : multiply<false, true, T, Ahead>)(count, problem.value_dim, block.rows, scratch.scores,
+                                                 block.padded, g, problem.grad_output.row,
+                                                 problem.grad_value.at(block.b, block.kv_head, key_row),
+                                                 problem.grad_value.row, ahead);
     }
     if (problem.grad_key.data != nullptr) {
-      (writes ? multiply<false, false, T>
-              : multiply<false, true, T>)(count, problem.head_dim, block.rows, products, block.padded,
-                                          problem.query.at(block.b, block.h, query_row), problem.query.row,
-                                          problem.grad_key.at(block.b, block.kv_head, key_row),
-                                          problem.grad_key.row);
+      (writes ? multiply<false, false, T, Ahead>
+              : multiply<false, true, T, Ahead>)(count, problem.head_dim, block.rows, products, block.padded,
+                                                 problem.query.at(block.b, block.h, query_row),
+                                                 problem.query.row,
+                                                 problem.grad_key.at(block.b, block.kv_head, key_row),
+                                                 problem.grad_key.row, ahead);
     }
     if (problem.grad_query.data != nullptr) {
-      (adds_query ? multiply<true, true, T>
-                  : multiply<true, false, T>)(block.rows, problem.head_dim, count, products, block.padded,
-                                              problem.key.at(block.b, block.kv_head, key_row),
-                                              problem.key.row,
-                                              problem.grad_query.at(block.b, block.h, query_row),
-                                              problem.grad_query.row);
+      (adds_query ? multiply<true, true, T, Ahead>
+                  : multiply<true, false, T, Ahead>)(block.rows, problem.head_dim, count, products,
+                                                     block.padded,
+                                                     problem.key.at(block.b, block.kv_head, key_row),
+                                                     problem.key.row,
+                                                     problem.grad_query.at(block.b, block.h, query_row),
+                                                     problem.grad_query.row, ahead);
       adds_query = true;
     }
   }
@@ -729,6 +733,36 @@ void backward_sampled(const AttentionBackward<T>& problem, const Block& block, i
   }
 }
 
+// What a block reads and writes, and where its head is another one, the first tile of keys: with short rows
+// that is all of them. What is written is asked for too, as a store has to have its line first.
+template <typename T>
+void look_ahead(const AttentionForward<T>& problem, const Block& block, const Block& next, Ahead& ahead) {
+  const int64_t first = next.query_row + next.first;
+  ahead.add(problem.query, next.b, next.h, first, next.rows, problem.head_dim);
+  if (next.kv_head != block.kv_head || next.b != block.b) {
+    const int64_t keys = std::min(next.keys, problem.tile_keys);
+    ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+    ahead.add(problem.value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+  }
+  ahead.add(problem.output, next.b, next.h, first, next.rows, problem.value_dim);
+}
+
+template <typename T>
+void look_ahead(const AttentionBackward<T>& problem, const Block& block, const Block& next, Ahead& ahead) {
+  const int64_t first = next.query_row + next.first;
+  ahead.add(problem.query, next.b, next.h, first, next.rows, problem.head_dim);
+  ahead.add(problem.grad_output, next.b, next.h, first, next.rows, problem.value_dim);
+  ahead.add(problem.output, next.b, next.h, first, next.rows, problem.value_dim);
+  if (next.kv_head != block.kv_head || next.b != block.b) {
+    const int64_t keys = std::min(next.keys, problem.tile_keys);
+    ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+    ahead.add(problem.value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+    ahead.add(problem.grad_value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+    ahead.add(problem.grad_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+  }
+  ahead.add(problem.grad_query, next.b, next.h, first, next.rows, problem.head_dim);
+}
+
 }  // namespace
 
 template <typename T>
@@ -739,7 +773,9 @@ void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_
     if (has_few_rows(problem, block)) {
       forward_few_rows(problem, block, scratch);
     } else {
-      forward_block(problem, block, scratch);
+      Ahead ahead;
+      if (task + 1 < end) look_ahead(problem, block, forward_task(problem, task + 1), ahead);
+      forward_block(problem, block, scratch, ahead);
     }
   }
 }
@@ -761,8 +797,22 @@ void attention_backward(const AttentionBackward<T>& problem, int64_t begin, int6
       for (int64_t first = 0; first < sequence.queries; first += problem.block_rows, ++item) {
         if (lane_of(item, problem.lanes) != lane) continue;
         const Block block = make_block(problem, b, h, first);
-        (problem.keep == Keep::sample ? backward_sampled<T> : backward_block<T>)(problem, block, segment,
-                                                                                 opens, scratch);
+        if (problem.keep == Keep::sample) {
+          backward_sampled(problem, block, segment, opens, scratch);
+        } else {
+          Ahead ahead;
+          if (first + problem.block_rows < sequence.queries) {
+            look_ahead(problem, block, make_block(problem, b, h, first + problem.block_rows), ahead);
+          } else if (h + 1 < (kv_head + 1) * group) {
+            look_ahead(problem, block, make_block(problem, b, h + 1, 0), ahead);
+          } else if (problem.lanes == 1 && task + 1 < end) {
+            const int64_t next = task + 1;
+            look_ahead(problem, block,
+                       make_block(problem, next / problem.kv_heads, next % problem.kv_heads * group, 0),
+                       ahead);
+          }
+          backward_block(problem, block, segment, opens, scratch, ahead);
+        }
         opens = false;
       }
     }
