@@ -4,6 +4,7 @@
 // make the gradients. Scratch is a few tiles, whatever the number of keys.
 
 #include "kernels/cpu/ahead.h"
+#include "kernels/cpu/bfloat16.h"
 #include "kernels/cpu/curve_tiles.h"
 #include "kernels/cpu/products.h"
 #include "kernels/cpu/rows.h"
@@ -21,11 +22,12 @@ constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / un
 // A runner's scratch; every array begins on a whole vector.
 template <typename T>
 struct Scratch {
-  T *query, *grad;       // [head_dim][rows], [value_dim][rows]: transposed and scaled
+  T *query, *grad;       // [head_dim][rows], [value_dim][rows]: transposed and scaled, or bfloat16 pairs
   T *scores, *products;  // [keys][rows]
   T* output;             // [rows][value_dim]
   T *maximum, *sum, *correction, *lse, *delta, *step;
-  T* row;  // one row of keys
+  T* row;            // one row of keys
+  uint16_t* staged;  // bfloat16 rows
   uint8_t* allowed;
   void* rest;  // curve: what sorting needs; sampled: weights, or the drawn keys' rows
   int64_t output_stride;
@@ -52,6 +54,8 @@ struct Scratch {
     delta = take(rows);
     step = take(rows);
     row = take(problem.tile_keys);
+    staged = reinterpret_cast<uint16_t*>(at);
+    at = reinterpret_cast<T*>(staged + bfloat16_staging(problem));
     allowed = reinterpret_cast<uint8_t*>(at);
     rest = allowed + round_up(problem.tile_keys * rows, 64);
   }
@@ -67,8 +71,35 @@ TileDropout<T> tile_dropout(const AttentionProblem<T>& problem, const Block& blo
           block.head};
 }
 
+// A block's rows as the right factor of bfloat16 products.
+template <typename T>
+void pair_rows(const HeadView<const uint16_t>& view, const Block& block, int64_t dims, Scratch<T>& scratch,
+               T* to) {
+  stage_rows(view.at(block.b, block.h, block.query_row + block.first), view.row, block.rows, dims,
+             block.padded, scratch.staged);
+  transpose_pairs(scratch.staged, block.padded, bfloat16_dims(dims), reinterpret_cast<uint32_t*>(to));
+}
+
+// scale * the tile's keys or values times such a factor.
+template <typename T>
+void multiply_narrow(const AttentionProblem<T>& problem, const HeadView<const uint16_t>& view,
+                     const Block& block, const Tile& tile, int64_t dims, const T* factor, Scratch<T>& scratch,
+                     T* out) {
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t count = tile.end - tile.begin, padded = round_up(count, kTileUnit);
+    stage_rows(view.at(block.b, block.kv_head, block.key_row + tile.begin), view.row, count, dims, padded,
+               scratch.staged);
+    multiply_pairs(scratch.staged, padded, bfloat16_dims(dims), reinterpret_cast<const uint32_t*>(factor),
+                   block.padded, problem.scale, out);
+  }
+}
+
 template <typename T>
 void transpose_query(const AttentionProblem<T>& problem, const Block& block, Scratch<T>& scratch) {
+  if (problem.narrow_query.data != nullptr) {
+    pair_rows(problem.narrow_query, block, problem.head_dim, scratch, scratch.query);
+    return;
+  }
   transpose<true>(problem.query.at(block.b, block.h, block.query_row + block.first), problem.query.row,
                   block.rows, problem.head_dim, problem.scale, scratch.query, block.padded);
   for (int64_t d = 0; d < problem.head_dim; ++d) {
@@ -81,6 +112,12 @@ void transpose_query(const AttentionProblem<T>& problem, const Block& block, Scr
 template <typename T>
 void score_tile(const AttentionProblem<T>& problem, const Block& block, const Tile& tile, Scratch<T>& scratch,
                 Ahead& ahead) {
+  if (problem.narrow_key.data != nullptr) {
+    multiply_narrow(problem, problem.narrow_key, block, tile, problem.head_dim, scratch.query, scratch,
+                    scratch.scores);
+    mask_tile(problem, block, tile, scratch.allowed, scratch.scores);
+    return;
+  }
   multiply<false, false>(tile.end - tile.begin, block.padded, problem.head_dim,
                          problem.key.at(block.b, block.kv_head, block.key_row + tile.begin), problem.key.row,
                          scratch.query, block.padded, scratch.scores, block.padded, ahead);
@@ -355,7 +392,8 @@ constexpr int64_t kFewRows = 2;
 
 template <typename T>
 bool has_few_rows(const AttentionForward<T>& problem, const Block& block) {
-  return block.rows <= kFewRows && problem.drop_threshold == 0 && problem.mask.kind != MaskKind::additive &&
+  return block.rows <= kFewRows && problem.narrow_key.data == nullptr && problem.drop_threshold == 0 &&
+         problem.mask.kind != MaskKind::additive &&
          (problem.keep == Keep::nothing || problem.keep == Keep::lse);
 }
 
@@ -555,12 +593,16 @@ void prepare_rows(const AttentionBackward<T>& problem, const Block& block, bool 
   }
   for (int64_t r = 0; r < block.padded; ++r) scratch.delta[r] = 0;
   if (needs_dz) {
-    // The scale of dq and dk is in g here, so that no tile has to be scaled.
-    transpose<true>(g, problem.grad_output.row, block.rows, problem.value_dim, problem.scale, scratch.grad,
-                    block.padded);
-    for (int64_t d = 0; d < problem.value_dim; ++d) {
-      for (int64_t r = round_up(block.rows, kWidth<T>); r < block.padded; ++r)
-        scratch.grad[d * block.padded + r] = 0;
+    if (problem.narrow_value.data != nullptr) {
+      pair_rows(problem.narrow_grad_output, block, problem.value_dim, scratch, scratch.grad);
+    } else {
+      // The scale of dq and dk is in g here, so that no tile has to be scaled.
+      transpose<true>(g, problem.grad_output.row, block.rows, problem.value_dim, problem.scale, scratch.grad,
+                      block.padded);
+      for (int64_t d = 0; d < problem.value_dim; ++d) {
+        for (int64_t r = round_up(block.rows, kWidth<T>); r < block.padded; ++r)
+          scratch.grad[d * block.padded + r] = 0;
+      }
     }
     if (problem.output.data != nullptr) {
       for (int64_t r = 0; r < block.rows; ++r) {
@@ -597,9 +639,14 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
     rebuild_tile(problem, block, tile, scratch, ahead);
     T* const products = needs_dz ? scratch.products : nullptr;
     if (needs_dz) {
-      multiply<false, false>(count, block.padded, problem.value_dim,
-                             problem.value.at(block.b, block.kv_head, block.key_row + tile.begin),
-                             problem.value.row, scratch.grad, block.padded, products, block.padded, ahead);
+      if (problem.narrow_value.data != nullptr) {
+        multiply_narrow(problem, problem.narrow_value, block, tile, problem.value_dim, scratch.grad, scratch,
+                        products);
+      } else {
+        multiply<false, false>(count, block.padded, problem.value_dim,
+                               problem.value.at(block.b, block.kv_head, block.key_row + tile.begin),
+                               problem.value.row, scratch.grad, block.padded, products, block.padded, ahead);
+      }
       const int64_t end = round_up(count, kDropoutColumns);
       std::memset(products + count * block.padded, 0,
                   static_cast<size_t>((end - count) * block.padded) * sizeof(T));
@@ -739,9 +786,11 @@ template <typename T>
 void look_ahead(const AttentionForward<T>& problem, const Block& block, const Block& next, Ahead& ahead) {
   const int64_t first = next.query_row + next.first;
   ahead.add(problem.query, next.b, next.h, first, next.rows, problem.head_dim);
+  ahead.add(problem.narrow_query, next.b, next.h, first, next.rows, problem.head_dim);
   if (next.kv_head != block.kv_head || next.b != block.b) {
     const int64_t keys = std::min(next.keys, problem.tile_keys);
     ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+    ahead.add(problem.narrow_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
     ahead.add(problem.value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
   }
   ahead.add(problem.output, next.b, next.h, first, next.rows, problem.value_dim);
@@ -751,12 +800,16 @@ template <typename T>
 void look_ahead(const AttentionBackward<T>& problem, const Block& block, const Block& next, Ahead& ahead) {
   const int64_t first = next.query_row + next.first;
   ahead.add(problem.query, next.b, next.h, first, next.rows, problem.head_dim);
+  ahead.add(problem.narrow_query, next.b, next.h, first, next.rows, problem.head_dim);
   ahead.add(problem.grad_output, next.b, next.h, first, next.rows, problem.value_dim);
+  ahead.add(problem.narrow_grad_output, next.b, next.h, first, next.rows, problem.value_dim);
   ahead.add(problem.output, next.b, next.h, first, next.rows, problem.value_dim);
   if (next.kv_head != block.kv_head || next.b != block.b) {
     const int64_t keys = std::min(next.keys, problem.tile_keys);
     ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+    ahead.add(problem.narrow_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
     ahead.add(problem.value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+    ahead.add(problem.narrow_value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
     ahead.add(problem.grad_value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
     ahead.add(problem.grad_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
   }
@@ -767,6 +820,7 @@ void look_ahead(const AttentionBackward<T>& problem, const Block& block, const B
 
 template <typename T>
 void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_t end, void* memory) {
+  const TileRegisters registers(bfloat16_staging(problem) > 0);
   for (int64_t task = begin; task < end; ++task) {
     Scratch<T> scratch(memory, problem);
     const Block block = forward_task(problem, task);
@@ -782,6 +836,7 @@ void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_
 
 template <typename T>
 void attention_backward(const AttentionBackward<T>& problem, int64_t begin, int64_t end, void* memory) {
+  const TileRegisters registers(bfloat16_staging(problem) > 0);
   Scratch<T> scratch(memory, problem);
   const int64_t group = problem.heads / problem.kv_heads;
   for (int64_t task = begin; task < end; ++task) {
