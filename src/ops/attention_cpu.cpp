@@ -29,6 +29,12 @@ kernels::HeadView<const T> view(const at::Tensor& x) {
   return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
+kernels::HeadView<const uint16_t> narrow_view(const at::Tensor& x) {
+  if (!x.defined()) return {};
+  return {reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()), x.stride(0), x.stride(1),
+          x.stride(2)};
+}
+
 template <typename T>
 kernels::HeadView<T> mutable_view(const at::Tensor& x) {
   if (!x.defined()) return {};
@@ -139,6 +145,7 @@ std::vector<kernels::Sequence> set_packed(kernels::AttentionProblem<T>& problem,
   problem.queries = packed->longest_query;
   problem.keys = packed->longest_key;
   for (auto* view : {&problem.query, &problem.key, &problem.value}) view->batch = 0;
+  for (auto* view : {&problem.narrow_query, &problem.narrow_key, &problem.narrow_value}) view->batch = 0;
   return sequences;
 }
 
@@ -147,10 +154,12 @@ at::Tensor forward(const at::Tensor& query, const at::Tensor& key, const at::Ten
                    const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals,
                    const PackedSequences* packed) {
   constexpr auto type = at::CppTypeToScalarType<T>::value;
-  const at::Tensor q = readable(query, type);
-  const at::Tensor k = readable(key, type);
+  // Scores of bfloat16 as it is, where the machine multiplies it.
+  const bool narrow = query.scalar_type() == at::kBFloat16 && kernels::cpu_kernels().bfloat16;
+  const at::Tensor q = readable(query, narrow ? at::kBFloat16 : type);
+  const at::Tensor k = readable(key, narrow ? at::kBFloat16 : type);
   const at::Tensor v = readable(value, type);
-  at::Tensor output = empty_heads(q.size(0), q.size(1), q.size(2), v.size(3), q.options());
+  at::Tensor output = empty_heads(q.size(0), q.size(1), q.size(2), v.size(3), v.options());
   kernels::AttentionForward<T> problem;
   problem.batch = q.size(0);
   problem.heads = q.size(1);
@@ -159,8 +168,13 @@ at::Tensor forward(const at::Tensor& query, const at::Tensor& key, const at::Ten
   problem.keys = k.size(2);
   problem.head_dim = q.size(3);
   problem.value_dim = v.size(3);
-  problem.query = view<T>(q);
-  problem.key = view<T>(k);
+  if (narrow) {
+    problem.narrow_query = narrow_view(q);
+    problem.narrow_key = narrow_view(k);
+  } else {
+    problem.query = view<T>(q);
+    problem.key = view<T>(k);
+  }
   problem.value = view<T>(v);
   problem.output = mutable_view<T>(output);
   at::Tensor mask;
@@ -204,7 +218,16 @@ BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call,
   const at::Tensor g = readable(inputs.grad_output, type);
   const at::Tensor q = readable(inputs.query, type);
   const at::Tensor k = readable(inputs.key, type);
-  const at::Tensor v = readable(inputs.value, type);
+  // Products of bfloat16 as it is, where the machine multiplies it: q k^T, and g v^T, which alone needs v.
+  // Policy sampled gathers its keys in the accumulation type.
+  const bool narrow = inputs.grad_output.scalar_type() == at::kBFloat16 && kernels::cpu_kernels().bfloat16 &&
+                      call.policy.kind != PolicyKind::sampled;
+  const auto as_it_is = [&](const at::Tensor& x) {
+    return narrow ? readable(x, at::kBFloat16) : at::Tensor();
+  };
+  const at::Tensor narrow_g = as_it_is(inputs.grad_output), narrow_q = as_it_is(inputs.query),
+                   narrow_k = as_it_is(inputs.key), narrow_v = as_it_is(inputs.value);
+  const at::Tensor v = narrow ? at::Tensor() : readable(inputs.value, type);
   const at::Tensor o = readable(inputs.output, type);
   kernels::AttentionBackward<T> problem;
   problem.batch = g.size(0);
@@ -218,6 +241,10 @@ BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call,
   problem.key = view<T>(k);
   problem.value = view<T>(v);
   problem.grad_output = view<T>(g);
+  problem.narrow_query = narrow_view(narrow_q);
+  problem.narrow_key = narrow_view(narrow_k);
+  problem.narrow_value = narrow_view(narrow_v);
+  problem.narrow_grad_output = narrow_view(narrow_g);
   problem.output = view<T>(o);
   at::Tensor mask;
   set_call(problem, call, inputs.kept.seed, mask);
@@ -240,7 +267,7 @@ BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call,
   const std::vector<kernels::Sequence> sequences = set_packed(problem, packed);
   if (packed != nullptr) {
     problem.sequences = sequences.data();
-    problem.grad_output.batch = problem.output.batch = 0;
+    problem.grad_output.batch = problem.output.batch = problem.narrow_grad_output.batch = 0;
     for (auto* view : {&problem.grad_query, &problem.grad_key, &problem.grad_value}) view->batch = 0;
   }
   kernels::choose_tiles<T>(problem);

@@ -94,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor> draw_keys(const at::Tensor& p, int64_t m, con
   const int64_t tiles = (p.size(2) + kTile - 1) / kTile;
   const int64_t slots = std::min(m, keys);
   const at::Tensor whole = at::constant_pad_nd(p, {0, 0, 0, tiles * kTile - p.size(2)});
-  at::Tensor w = whole.unflatten(2, {tiles, kTile}).sum(3).to(at::kDouble);
+  at::Tensor w = whole.unflatten(2, {tiles, kTile}).square().sum(3).to(at::kDouble).sqrt_();
   // A row of NaN must show in the gradient whatever is drawn: any keys do.
   w = at::where(w.sum(-1, true).isnan(), 1.0, w);
 

@@ -6,6 +6,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <bit>
 #include <random>
 #include <string>
 #include <tuple>
@@ -17,7 +19,7 @@ using kernels::CpuKernels;
 
 std::vector<const CpuKernels*> available() {
   std::vector<const CpuKernels*> found;
-  for (const char* name : {"portable", "avx2", "avx512"}) {
+  for (const char* name : {"portable", "avx2", "avx512", "amx"}) {
     if (const CpuKernels* k = kernels::find_cpu_kernels(name)) found.push_back(k);
   }
   return found;
@@ -132,10 +134,17 @@ struct Shape {
   int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;
 };
 
-// One problem run through a policy's kernels and through the loops.
+// The upper half of a float's bits.
+uint16_t bfloat16_bits(double x) {
+  return static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(x)) >> 16);
+}
+
+// One problem run through a policy's kernels and through the loops. narrow: inputs that bfloat16 holds, and
+// handed over as such.
 template <typename T>
 void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, kernels::Keep keep,
-                     double dropout, int64_t block_rows, int64_t tile_keys, int64_t lanes, double tolerance) {
+                     double dropout, int64_t block_rows, int64_t tile_keys, int64_t lanes, double tolerance,
+                     bool narrow = false) {
   std::mt19937_64 random(static_cast<uint64_t>(s.queries * 1000 + s.keys));
   std::normal_distribution<double> normal(0, 1);
   reference::Problem ref;
@@ -149,7 +158,10 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
   ref.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
   const auto fill = [&](std::vector<double>& to, int64_t size) {
     to.resize(size);
-    for (double& x : to) x = static_cast<T>(normal(random));
+    for (double& x : to) {
+      x = static_cast<T>(normal(random));
+      if (narrow) x = std::bit_cast<float>(static_cast<uint32_t>(bfloat16_bits(x)) << 16);
+    }
   };
   fill(ref.query, s.batch * s.heads * s.queries * s.head_dim);
   fill(ref.key, s.batch * s.kv_heads * s.keys * s.head_dim);
@@ -174,6 +186,18 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
   f.query = view(q.data(), s.heads, s.queries, s.head_dim);
   f.key = view(k.data(), s.kv_heads, s.keys, s.head_dim);
   f.value = view(v.data(), s.kv_heads, s.keys, s.value_dim);
+  const auto halves = [](const std::vector<double>& x) {
+    std::vector<uint16_t> bits(x.size());
+    std::transform(x.begin(), x.end(), bits.begin(), bfloat16_bits);
+    return bits;
+  };
+  const std::vector<uint16_t> narrow_q = halves(ref.query), narrow_k = halves(ref.key),
+                              narrow_v = halves(ref.value), narrow_g = halves(grad);
+  if (narrow) {
+    f.query = f.key = {};
+    f.narrow_query = view(narrow_q.data(), s.heads, s.queries, s.head_dim);
+    f.narrow_key = view(narrow_k.data(), s.kv_heads, s.keys, s.head_dim);
+  }
   f.scale = static_cast<T>(ref.scale);
   f.seed = {11, 22, 33};
   f.drop_threshold = kernels::dropout_threshold(dropout);
@@ -256,6 +280,13 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
   static_cast<kernels::AttentionProblem<T>&>(b) = f;
   b.lanes = lanes;
   b.grad_output = view(g.data(), s.heads, s.queries, s.value_dim);
+  if (narrow) {
+    b.query = view(q.data(), s.heads, s.queries, s.head_dim);
+    b.key = view(k.data(), s.kv_heads, s.keys, s.head_dim);
+    b.value = {};
+    b.narrow_value = view(narrow_v.data(), s.kv_heads, s.keys, s.value_dim);
+    b.narrow_grad_output = view(narrow_g.data(), s.heads, s.queries, s.value_dim);
+  }
   const bool biased = keep == kernels::Keep::curve;
   if (!biased) b.output = view(static_cast<const T*>(out.data()), s.heads, s.queries, s.value_dim);
   const T stale = T(99);  // gradients must not depend on what was there
@@ -327,6 +358,25 @@ TEST_P(Variant, AttentionEveryPolicyAndMask) {
         }
       }
     }
+  }
+}
+
+TEST_P(Variant, Bfloat16InputsGoIntoProductsAsTheyAre) {
+  for (int64_t d : lengths()) {
+    if (d > 97) continue;
+    check_attention<float>(cpu(), {1, 2, 1, 18, 35, d, 98 - d}, Masking::causal, kernels::Keep::lse, 0.1, 16,
+                           16, 1, 5e-5, true);
+  }
+  for (int64_t n : lengths()) {
+    if (n > 257) continue;
+    check_attention<float>(cpu(), {1, 1, 1, n, 53, 8, 24}, Masking::none, kernels::Keep::lse, 0.0, 64, 128, 1,
+                           2e-5, true);
+    check_attention<float>(cpu(), {1, 1, 1, 33, n, 40, 8}, Masking::boolean_rows, kernels::Keep::lse, 0.3, 64,
+                           32, 2, 2e-5, true);
+  }
+  for (kernels::Keep keep : {kernels::Keep::probabilities, kernels::Keep::curve, kernels::Keep::codes}) {
+    check_attention<float>(cpu(), {2, 4, 2, 50, 90, 8, 6}, Masking::additive, keep, 0.25, 64, 128, 1, 2e-5,
+                           true);
   }
 }
 

@@ -199,10 +199,10 @@ def systematic(pi: list[float], u: float) -> list[int]:
 
 
 def tile_weights(p: Tensor) -> Tensor:
-    """Sums of p over tiles of rows, [B, H, tiles, Nk]."""
+    """Roots of the sums of p^2 over tiles of rows, [B, H, tiles, Nk]."""
     tiles = -(-p.size(2) // SAMPLE_ROWS)
     padded = torch.cat([p, p.new_zeros(*p.shape[:2], tiles * SAMPLE_ROWS - p.size(2), p.size(3))], 2)
-    return padded.unflatten(2, (tiles, SAMPLE_ROWS)).sum(3)
+    return padded.unflatten(2, (tiles, SAMPLE_ROWS)).square().sum(3).sqrt()
 
 
 def reweighted(p: Tensor, codes: Tensor, table: Tensor) -> Tensor:

@@ -698,6 +698,7 @@ def variants(tmp_path_factory):
     names = ["composite", "portable"]
     names += ["avx2"] if re.search(r"\bavx2\b", flags) else []
     names += ["avx512"] if re.search(r"\bavx512bw\b", flags) else []
+    names += ["amx"] if re.search(r"\bamx_bf16\b", flags) else []
     found = {}
     for name in names:
         path = folder / f"{name}.pt"
@@ -709,7 +710,7 @@ def variants(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", ["composite", "portable", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["composite", "portable", "avx2", "avx512", "amx"])
 def test_every_path_drops_the_same_elements(variants, name):
     if name not in variants:
         pytest.skip(f"this machine lacks {name}")
@@ -718,7 +719,7 @@ def test_every_path_drops_the_same_elements(variants, name):
         torch.testing.assert_close(mask, want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["composite", "portable", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["composite", "portable", "avx2", "avx512", "amx"])
 def test_every_path_computes_the_same(variants, results_here, name):
     if name not in variants:
         pytest.skip(f"this machine lacks {name}")

@@ -154,6 +154,15 @@ def test_probabilities_far_apart():
     assert (pi > 0).all()
 
 
+def test_the_draw_does_not_depend_on_a_number_added_to_all_logits():
+    # Causal and beyond a tile of keys: some tiles are visited by none of a row's keys.
+    q, k, v = inputs(queries=300, keys=300)
+    mask = torch.zeros(1, 1, dtype=torch.float64)
+    want = residuals(q, k, v, 20, seed=5, mask=mask, causal=True)[2]
+    for shift in (-1024.0, 1024.0):
+        assert torch.equal(residuals(q, k, v, 20, seed=5, mask=mask + shift, causal=True)[2], want)
+
+
 # --- the gradient ----------------------------------------------------------------------------------
 
 

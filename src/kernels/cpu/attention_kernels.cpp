@@ -3,6 +3,8 @@
 // again, from q, k and lse or from the kept codes, turned in place into D P and dz for the products that
 // make the gradients. Scratch is a few tiles, whatever the number of keys.
 
+#include "kernels/cpu/ahead.h"
+#include "kernels/cpu/bfloat16.h"
 #include "kernels/cpu/curve_tiles.h"
 #include "kernels/cpu/products.h"
 #include "kernels/cpu/rows.h"
@@ -20,11 +22,12 @@ constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / un
 // A runner's scratch; every array begins on a whole vector.
 template <typename T>
 struct Scratch {
-  T *query, *grad;       // [head_dim][rows], [value_dim][rows]: transposed and scaled
+  T *query, *grad;       // [head_dim][rows], [value_dim][rows]: transposed and scaled, or bfloat16 pairs
   T *scores, *products;  // [keys][rows]
   T* output;             // [rows][value_dim]
   T *maximum, *sum, *correction, *lse, *delta, *step;
-  T* row;  // one row of keys
+  T* row;            // one row of keys
+  uint16_t* staged;  // bfloat16 rows
   uint8_t* allowed;
   void* rest;  // curve: what sorting needs; sampled: weights, or the drawn keys' rows
   int64_t output_stride;
@@ -51,6 +54,8 @@ struct Scratch {
     delta = take(rows);
     step = take(rows);
     row = take(problem.tile_keys);
+    staged = reinterpret_cast<uint16_t*>(at);
+    at = reinterpret_cast<T*>(staged + bfloat16_staging(problem));
     allowed = reinterpret_cast<uint8_t*>(at);
     rest = allowed + round_up(problem.tile_keys * rows, 64);
   }
@@ -66,8 +71,35 @@ TileDropout<T> tile_dropout(const AttentionProblem<T>& problem, const Block& blo
           block.head};
 }
 
+// A block's rows as the right factor of bfloat16 products.
+template <typename T>
+void pair_rows(const HeadView<const uint16_t>& view, const Block& block, int64_t dims, Scratch<T>& scratch,
+               T* to) {
+  stage_rows(view.at(block.b, block.h, block.query_row + block.first), view.row, block.rows, dims,
+             block.padded, scratch.staged);
+  transpose_pairs(scratch.staged, block.padded, bfloat16_dims(dims), reinterpret_cast<uint32_t*>(to));
+}
+
+// scale * the tile's keys or values times such a factor.
+template <typename T>
+void multiply_narrow(const AttentionProblem<T>& problem, const HeadView<const uint16_t>& view,
+                     const Block& block, const Tile& tile, int64_t dims, const T* factor, Scratch<T>& scratch,
+                     T* out) {
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t count = tile.end - tile.begin, padded = round_up(count, kTileUnit);
+    stage_rows(view.at(block.b, block.kv_head, block.key_row + tile.begin), view.row, count, dims, padded,
+               scratch.staged);
+    multiply_pairs(scratch.staged, padded, bfloat16_dims(dims), reinterpret_cast<const uint32_t*>(factor),
+                   block.padded, problem.scale, out);
+  }
+}
+
 template <typename T>
 void transpose_query(const AttentionProblem<T>& problem, const Block& block, Scratch<T>& scratch) {
+  if (problem.narrow_query.data != nullptr) {
+    pair_rows(problem.narrow_query, block, problem.head_dim, scratch, scratch.query);
+    return;
+  }
   transpose<true>(problem.query.at(block.b, block.h, block.query_row + block.first), problem.query.row,
                   block.rows, problem.head_dim, problem.scale, scratch.query, block.padded);
   for (int64_t d = 0; d < problem.head_dim; ++d) {
@@ -78,11 +110,17 @@ void transpose_query(const AttentionProblem<T>& problem, const Block& block, Scr
 
 // A tile's masked logits.
 template <typename T>
-void score_tile(const AttentionProblem<T>& problem, const Block& block, const Tile& tile,
-                Scratch<T>& scratch) {
+void score_tile(const AttentionProblem<T>& problem, const Block& block, const Tile& tile, Scratch<T>& scratch,
+                Ahead& ahead) {
+  if (problem.narrow_key.data != nullptr) {
+    multiply_narrow(problem, problem.narrow_key, block, tile, problem.head_dim, scratch.query, scratch,
+                    scratch.scores);
+    mask_tile(problem, block, tile, scratch.allowed, scratch.scores);
+    return;
+  }
   multiply<false, false>(tile.end - tile.begin, block.padded, problem.head_dim,
                          problem.key.at(block.b, block.kv_head, block.key_row + tile.begin), problem.key.row,
-                         scratch.query, block.padded, scratch.scores, block.padded);
+                         scratch.query, block.padded, scratch.scores, block.padded, ahead);
   mask_tile(problem, block, tile, scratch.allowed, scratch.scores);
 }
 
@@ -248,7 +286,8 @@ void keep_sample(const AttentionProblem<T>& problem, const Block& block, const S
 }
 
 template <typename T>
-void forward_block(const AttentionForward<T>& problem, const Block& block, Scratch<T>& scratch) {
+void forward_block(const AttentionForward<T>& problem, const Block& block, Scratch<T>& scratch,
+                   Ahead& ahead) {
   const bool curve = problem.keep == Keep::curve;
   const bool samples = problem.keep == Keep::sample;
   const bool drops = problem.drop_threshold > 0;
@@ -269,7 +308,7 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
       for (int64_t r = 0; r < 2 * problem.block_rows; ++r) mass[r] = 0;
     }
     if (count <= 0) continue;
-    score_tile(problem, block, tile, scratch);
+    score_tile(problem, block, tile, scratch, ahead);
     if (curve) {
       // Whole rows: their logits are sorted before they turn into P.
       std::memcpy(scratch.products, scratch.scores, static_cast<size_t>(count * block.padded) * sizeof(T));
@@ -288,7 +327,7 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
     const T* const value = problem.value.at(block.b, block.kv_head, block.key_row + tile.begin);
     if (first) {
       multiply<true, false>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value,
-                            problem.value.row, scratch.output, scratch.output_stride);
+                            problem.value.row, scratch.output, scratch.output_stride, ahead);
     } else {
       if (corrects) {
         for (int64_t r = 0; r < block.rows; ++r) {
@@ -299,7 +338,7 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
         }
       }
       multiply<true, true>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value,
-                           problem.value.row, scratch.output, scratch.output_stride);
+                           problem.value.row, scratch.output, scratch.output_stride, ahead);
     }
     first = false;
   }
@@ -342,7 +381,7 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
     for (int64_t begin = 0; begin < block.keys; begin += problem.tile_keys) {
       const Tile tile = make_tile(problem, block, begin, begin + problem.tile_keys, false, scratch.allowed);
       if (tile.begin >= tile.end) continue;
-      score_tile(problem, block, tile, scratch);
+      score_tile(problem, block, tile, scratch, ahead);
       keep_tile(problem, block, tile, scratch);
     }
   }
@@ -353,7 +392,8 @@ constexpr int64_t kFewRows = 2;
 
 template <typename T>
 bool has_few_rows(const AttentionForward<T>& problem, const Block& block) {
-  return block.rows <= kFewRows && problem.drop_threshold == 0 && problem.mask.kind != MaskKind::additive &&
+  return block.rows <= kFewRows && problem.narrow_key.data == nullptr && problem.drop_threshold == 0 &&
+         problem.mask.kind != MaskKind::additive &&
          (problem.keep == Keep::nothing || problem.keep == Keep::lse);
 }
 
@@ -506,7 +546,7 @@ int64_t lane_of(int64_t item, int64_t lanes) {
 // A tile of P from what the policy kept, into scores; logits instead where lse will make P of them.
 template <typename T>
 void rebuild_tile(const AttentionBackward<T>& problem, const Block& block, const Tile& tile,
-                  Scratch<T>& scratch) {
+                  Scratch<T>& scratch, Ahead& ahead) {
   const int64_t count = tile.end - tile.begin;
   switch (problem.keep) {
     case Keep::probabilities:
@@ -523,7 +563,7 @@ void rebuild_tile(const AttentionBackward<T>& problem, const Block& block, const
                         problem.m, problem.paper_text, scratch.scores);
       break;
     default:
-      score_tile(problem, block, tile, scratch);
+      score_tile(problem, block, tile, scratch, ahead);
       return;
   }
   // Padding that the transposition does not reach, and keys up to a whole block of columns.
@@ -553,12 +593,16 @@ void prepare_rows(const AttentionBackward<T>& problem, const Block& block, bool 
   }
   for (int64_t r = 0; r < block.padded; ++r) scratch.delta[r] = 0;
   if (needs_dz) {
-    // The scale of dq and dk is in g here, so that no tile has to be scaled.
-    transpose<true>(g, problem.grad_output.row, block.rows, problem.value_dim, problem.scale, scratch.grad,
-                    block.padded);
-    for (int64_t d = 0; d < problem.value_dim; ++d) {
-      for (int64_t r = round_up(block.rows, kWidth<T>); r < block.padded; ++r)
-        scratch.grad[d * block.padded + r] = 0;
+    if (problem.narrow_value.data != nullptr) {
+      pair_rows(problem.narrow_grad_output, block, problem.value_dim, scratch, scratch.grad);
+    } else {
+      // The scale of dq and dk is in g here, so that no tile has to be scaled.
+      transpose<true>(g, problem.grad_output.row, block.rows, problem.value_dim, problem.scale, scratch.grad,
+                      block.padded);
+      for (int64_t d = 0; d < problem.value_dim; ++d) {
+        for (int64_t r = round_up(block.rows, kWidth<T>); r < block.padded; ++r)
+          scratch.grad[d * block.padded + r] = 0;
+      }
     }
     if (problem.output.data != nullptr) {
       for (int64_t r = 0; r < block.rows; ++r) {
@@ -573,7 +617,7 @@ void prepare_rows(const AttentionBackward<T>& problem, const Block& block, bool 
 // `opens`: the lane's first block of queries, which writes dK and dV where later ones add.
 template <typename T>
 void backward_block(const AttentionBackward<T>& problem, const Block& block, int64_t segment, bool opens,
-                    Scratch<T>& scratch) {
+                    Scratch<T>& scratch, Ahead& ahead) {
   const bool needs_dz = problem.grad_query.data != nullptr || problem.grad_key.data != nullptr;
   const bool drops = problem.drop_threshold > 0;
   const bool curve = problem.keep == Keep::curve;
@@ -592,12 +636,17 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
       zero_rows(problem.grad_value, block.b, block.kv_head, block.key_row + begin, whole, problem.value_dim);
     }
     if (count <= 0) continue;
-    rebuild_tile(problem, block, tile, scratch);
+    rebuild_tile(problem, block, tile, scratch, ahead);
     T* const products = needs_dz ? scratch.products : nullptr;
     if (needs_dz) {
-      multiply<false, false>(count, block.padded, problem.value_dim,
-                             problem.value.at(block.b, block.kv_head, block.key_row + tile.begin),
-                             problem.value.row, scratch.grad, block.padded, products, block.padded);
+      if (problem.narrow_value.data != nullptr) {
+        multiply_narrow(problem, problem.narrow_value, block, tile, problem.value_dim, scratch.grad, scratch,
+                        products);
+      } else {
+        multiply<false, false>(count, block.padded, problem.value_dim,
+                               problem.value.at(block.b, block.kv_head, block.key_row + tile.begin),
+                               problem.value.row, scratch.grad, block.padded, products, block.padded, ahead);
+      }
       const int64_t end = round_up(count, kDropoutColumns);
       std::memset(products + count * block.padded, 0,
                   static_cast<size_t>((end - count) * block.padded) * sizeof(T));
@@ -613,26 +662,28 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
     pass(scratch.scores, products, block.padded, count, scratch.lse, scratch.delta, drop);
     const int64_t key_row = block.key_row + tile.begin;
     if (problem.grad_value.data != nullptr) {
-      (writes ? multiply<false, false, T>
-              : multiply<false, true, T>)(count, problem.value_dim, block.rows, scratch.scores, block.padded,
-                                          g, problem.grad_output.row,
-                                          problem.grad_value.at(block.b, block.kv_head, key_row),
-                                          problem.grad_value.row);
+      (writes ? multiply<false, false, T, Ahead>
+              : multiply<false, true, T, Ahead>)(count, problem.value_dim, block.rows, scratch.scores,
+                                                 block.padded, g, problem.grad_output.row,
+                                                 problem.grad_value.at(block.b, block.kv_head, key_row),
+                                                 problem.grad_value.row, ahead);
     }
     if (problem.grad_key.data != nullptr) {
-      (writes ? multiply<false, false, T>
-              : multiply<false, true, T>)(count, problem.head_dim, block.rows, products, block.padded,
-                                          problem.query.at(block.b, block.h, query_row), problem.query.row,
-                                          problem.grad_key.at(block.b, block.kv_head, key_row),
-                                          problem.grad_key.row);
+      (writes ? multiply<false, false, T, Ahead>
+              : multiply<false, true, T, Ahead>)(count, problem.head_dim, block.rows, products, block.padded,
+                                                 problem.query.at(block.b, block.h, query_row),
+                                                 problem.query.row,
+                                                 problem.grad_key.at(block.b, block.kv_head, key_row),
+                                                 problem.grad_key.row, ahead);
     }
     if (problem.grad_query.data != nullptr) {
-      (adds_query ? multiply<true, true, T>
-                  : multiply<true, false, T>)(block.rows, problem.head_dim, count, products, block.padded,
-                                              problem.key.at(block.b, block.kv_head, key_row),
-                                              problem.key.row,
-                                              problem.grad_query.at(block.b, block.h, query_row),
-                                              problem.grad_query.row);
+      (adds_query ? multiply<true, true, T, Ahead>
+                  : multiply<true, false, T, Ahead>)(block.rows, problem.head_dim, count, products,
+                                                     block.padded,
+                                                     problem.key.at(block.b, block.kv_head, key_row),
+                                                     problem.key.row,
+                                                     problem.grad_query.at(block.b, block.h, query_row),
+                                                     problem.grad_query.row, ahead);
       adds_query = true;
     }
   }
@@ -729,23 +780,63 @@ void backward_sampled(const AttentionBackward<T>& problem, const Block& block, i
   }
 }
 
+// What a block reads and writes, and where its head is another one, the first tile of keys: with short rows
+// that is all of them. What is written is asked for too, as a store has to have its line first.
+template <typename T>
+void look_ahead(const AttentionForward<T>& problem, const Block& block, const Block& next, Ahead& ahead) {
+  const int64_t first = next.query_row + next.first;
+  ahead.add(problem.query, next.b, next.h, first, next.rows, problem.head_dim);
+  ahead.add(problem.narrow_query, next.b, next.h, first, next.rows, problem.head_dim);
+  if (next.kv_head != block.kv_head || next.b != block.b) {
+    const int64_t keys = std::min(next.keys, problem.tile_keys);
+    ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+    ahead.add(problem.narrow_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+    ahead.add(problem.value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+  }
+  ahead.add(problem.output, next.b, next.h, first, next.rows, problem.value_dim);
+}
+
+template <typename T>
+void look_ahead(const AttentionBackward<T>& problem, const Block& block, const Block& next, Ahead& ahead) {
+  const int64_t first = next.query_row + next.first;
+  ahead.add(problem.query, next.b, next.h, first, next.rows, problem.head_dim);
+  ahead.add(problem.narrow_query, next.b, next.h, first, next.rows, problem.head_dim);
+  ahead.add(problem.grad_output, next.b, next.h, first, next.rows, problem.value_dim);
+  ahead.add(problem.narrow_grad_output, next.b, next.h, first, next.rows, problem.value_dim);
+  ahead.add(problem.output, next.b, next.h, first, next.rows, problem.value_dim);
+  if (next.kv_head != block.kv_head || next.b != block.b) {
+    const int64_t keys = std::min(next.keys, problem.tile_keys);
+    ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+    ahead.add(problem.narrow_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+    ahead.add(problem.value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+    ahead.add(problem.narrow_value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+    ahead.add(problem.grad_value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+    ahead.add(problem.grad_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+  }
+  ahead.add(problem.grad_query, next.b, next.h, first, next.rows, problem.head_dim);
+}
+
 }  // namespace
 
 template <typename T>
 void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_t end, void* memory) {
+  const TileRegisters registers(bfloat16_staging(problem) > 0);
   for (int64_t task = begin; task < end; ++task) {
     Scratch<T> scratch(memory, problem);
     const Block block = forward_task(problem, task);
     if (has_few_rows(problem, block)) {
       forward_few_rows(problem, block, scratch);
     } else {
-      forward_block(problem, block, scratch);
+      Ahead ahead;
+      if (task + 1 < end) look_ahead(problem, block, forward_task(problem, task + 1), ahead);
+      forward_block(problem, block, scratch, ahead);
     }
   }
 }
 
 template <typename T>
 void attention_backward(const AttentionBackward<T>& problem, int64_t begin, int64_t end, void* memory) {
+  const TileRegisters registers(bfloat16_staging(problem) > 0);
   Scratch<T> scratch(memory, problem);
   const int64_t group = problem.heads / problem.kv_heads;
   for (int64_t task = begin; task < end; ++task) {
@@ -761,8 +852,22 @@ void attention_backward(const AttentionBackward<T>& problem, int64_t begin, int6
       for (int64_t first = 0; first < sequence.queries; first += problem.block_rows, ++item) {
         if (lane_of(item, problem.lanes) != lane) continue;
         const Block block = make_block(problem, b, h, first);
-        (problem.keep == Keep::sample ? backward_sampled<T> : backward_block<T>)(problem, block, segment,
-                                                                                 opens, scratch);
+        if (problem.keep == Keep::sample) {
+          backward_sampled(problem, block, segment, opens, scratch);
+        } else {
+          Ahead ahead;
+          if (first + problem.block_rows < sequence.queries) {
+            look_ahead(problem, block, make_block(problem, b, h, first + problem.block_rows), ahead);
+          } else if (h + 1 < (kv_head + 1) * group) {
+            look_ahead(problem, block, make_block(problem, b, h + 1, 0), ahead);
+          } else if (problem.lanes == 1 && task + 1 < end) {
+            const int64_t next = task + 1;
+            look_ahead(problem, block,
+                       make_block(problem, next / problem.kv_heads, next % problem.kv_heads * group, 0),
+                       ahead);
+          }
+          backward_block(problem, block, segment, opens, scratch, ahead);
+        }
         opens = false;
       }
     }

@@ -40,6 +40,9 @@ struct AttentionProblem {
   int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
   const Sequence* sequences = nullptr;  // [batch] when packed; queries and keys are then the longest ones
   HeadView<const T> query, key, value;
+  /// The same where they are bfloat16 and CpuKernels::bfloat16 says that products take them as they are. In
+  /// the forward query and key, and in the backward value, are then not needed as T.
+  HeadView<const uint16_t> narrow_query, narrow_key, narrow_value, narrow_grad_output;
   MaskView<T> mask;
   int64_t left = -1, right = -1;  // query i attends [i - left, i + right]; -1: no bound
   T scale = 1;
@@ -90,6 +93,9 @@ void choose_tiles(AttentionProblem<T>& problem);
 /// Tasks of the forward; fills sequences' first_task where packed.
 template <typename T>
 int64_t forward_tasks(const AttentionProblem<T>& problem, Sequence* sequences);
+/// Elements of scratch for bfloat16 rows on their way into a product.
+template <typename T>
+int64_t bfloat16_staging(const AttentionProblem<T>& problem);
 /// Bytes of scratch one task runner needs. Independent of the number of keys, but for policies curve, which
 /// sorts whole rows, and sampled, which weighs every key.
 template <typename T>
@@ -146,6 +152,7 @@ struct HiddenRows {
 
 struct CpuKernels {
   const char* name;
+  bool bfloat16;  // multiplies bfloat16 inputs as they are
   void (*forward_float)(const AttentionForward<float>&, int64_t begin, int64_t end, void* scratch);
   void (*forward_double)(const AttentionForward<double>&, int64_t begin, int64_t end, void* scratch);
   void (*backward_float)(const AttentionBackward<float>&, int64_t begin, int64_t end, void* scratch);
@@ -166,7 +173,7 @@ struct CpuKernels {
 };
 
 /// The best this machine runs, or the one that the environment variable REMNANT_CPU names
-/// (`portable`, `avx2`, `avx512`); null when it names one that this machine or build lacks.
+/// (`portable`, `avx2`, `avx512`, `amx`); null when it names one that this machine or build lacks.
 const CpuKernels* find_cpu_kernels(const char* name);
 const CpuKernels& cpu_kernels();
 

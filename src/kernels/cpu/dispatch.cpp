@@ -7,6 +7,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(REMNANT_HAVE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace remnant::kernels {
 
 int64_t rank_bits(int64_t keys) {
@@ -65,10 +71,20 @@ template int64_t forward_tasks(const AttentionProblem<float>&, Sequence*);
 template int64_t forward_tasks(const AttentionProblem<double>&, Sequence*);
 
 template <typename T>
+int64_t bfloat16_staging(const AttentionProblem<T>& problem) {
+  if (problem.narrow_key.data == nullptr && problem.narrow_value.data == nullptr) return 0;
+  return std::max(problem.tile_keys, problem.block_rows) *
+         round_up(std::max(problem.head_dim, problem.value_dim), 32);
+}
+template int64_t bfloat16_staging(const AttentionProblem<float>&);
+template int64_t bfloat16_staging(const AttentionProblem<double>&);
+
+template <typename T>
 int64_t attention_scratch_bytes(const AttentionProblem<T>& problem) {
   const int64_t dims = round_up(problem.head_dim, kTileUnit) + 2 * round_up(problem.value_dim, kTileUnit);
   const int64_t numbers = problem.block_rows * (2 * problem.tile_keys + dims + 8) + problem.tile_keys;
   int64_t bytes = numbers * static_cast<int64_t>(sizeof(T)) + problem.block_rows * problem.tile_keys + 128;
+  bytes += bfloat16_staging(problem) * 2;
   if (problem.keep == Keep::sample) {
     const int64_t tiles = (problem.keys + problem.tile_keys - 1) / problem.tile_keys;
     const int64_t weights = round_up(problem.keys, kTileUnit) + 2 * tiles * problem.block_rows;
@@ -86,8 +102,9 @@ template int64_t attention_scratch_bytes(const AttentionProblem<double>&);
 
 namespace {
 
-#define REMNANT_KERNEL_TABLE(variant)                                   \
+#define REMNANT_KERNEL_TABLE(variant, bfloat16)                         \
   constexpr CpuKernels k_##variant{#variant,                            \
+                                   bfloat16,                            \
                                    variant::attention_forward<float>,   \
                                    variant::attention_forward<double>,  \
                                    variant::attention_backward<float>,  \
@@ -107,24 +124,43 @@ namespace {
     variant::norm_forward, variant::norm_backward, variant::dropout_add \
   }
 
-REMNANT_KERNEL_TABLE(portable);
+REMNANT_KERNEL_TABLE(portable, false);
 #ifdef REMNANT_HAVE_AVX2
-REMNANT_KERNEL_TABLE(avx2);
+REMNANT_KERNEL_TABLE(avx2, false);
 #endif
 #ifdef REMNANT_HAVE_AVX512
-REMNANT_KERNEL_TABLE(avx512);
+REMNANT_KERNEL_TABLE(avx512, false);
+#endif
+#ifdef REMNANT_HAVE_AMX
+REMNANT_KERNEL_TABLE(amx, true);
+
+// Tile registers are large, so that Linux gives them to processes that ask.
+bool have_amx() {
+  constexpr unsigned bfloat16_bit = 1u << 22, tile_bit = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if ((d & bfloat16_bit) == 0 || (d & tile_bit) == 0) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
+#ifdef REMNANT_HAVE_AVX512
+bool have_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
 #endif
 
 }  // namespace
 
 const CpuKernels* find_cpu_kernels(const char* name) {
   const bool any = name == nullptr || *name == '\0';
+#ifdef REMNANT_HAVE_AMX
+  if ((any || std::strcmp(name, "amx") == 0) && have_avx512() && have_amx()) return &k_amx;
+#endif
 #ifdef REMNANT_HAVE_AVX512
-  if ((any || std::strcmp(name, "avx512") == 0) && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    return &k_avx512;
-  }
+  if ((any || std::strcmp(name, "avx512") == 0) && have_avx512()) return &k_avx512;
 #endif
 #ifdef REMNANT_HAVE_AVX2
   if ((any || std::strcmp(name, "avx2") == 0) && __builtin_cpu_supports("avx2") &&
@@ -144,6 +180,9 @@ const CpuKernels& cpu_kernels() {
 }
 
 const StepKernels& find_step_kernels(const CpuKernels* chosen) {
+#ifdef REMNANT_HAVE_AMX
+  if (chosen == &k_amx) return k_step_amx;
+#endif
 #ifdef REMNANT_HAVE_AVX512
   if (chosen == &k_avx512) return k_step_avx512;
 #endif

@@ -4,6 +4,7 @@
 // and elements of A are broadcast, so A may be transposed at no cost and nothing is packed. Each element
 // of C sums over k in order, whatever the tile: results do not depend on blocking.
 
+#include "kernels/cpu/ahead.h"
 #include "kernels/cpu/vectors.h"
 
 namespace remnant::kernels::REMNANT_VARIANT {
@@ -67,12 +68,13 @@ void multiply_rest(int64_t rows, int64_t depth, const T* a, int64_t a_stride, co
   }
 }
 
-template <int NV, bool kTransposed, bool kAdd, bool kTail, typename T>
+template <int NV, bool kTransposed, bool kAdd, bool kTail, typename T, typename Between>
 void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
-                    T* c, int64_t c_stride, int64_t tail) {
+                    T* c, int64_t c_stride, int64_t tail, Between& between) {
   constexpr int height = kProductRows<NV>;
   int64_t i = 0;
   for (; i + height <= rows; i += height) {
+    between();
     multiply_registers<height, NV, kTransposed, kAdd, kTail>(
         depth, a + (kTransposed ? i : i * a_stride), a_stride, b, b_stride, c + i * c_stride, c_stride, tail);
   }
@@ -81,10 +83,11 @@ void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_stride, c
                                                           b_stride, c + i * c_stride, c_stride, tail);
 }
 
-/// C (rows x cols) = op(A) B, or += with kAdd; all row-major, op(A) = A' with kTransposed.
-template <bool kTransposed, bool kAdd, typename T>
+/// C (rows x cols) = op(A) B, or += with kAdd; all row-major, op(A) = A' with kTransposed. Calls between()
+/// before every block that leaves registers.
+template <bool kTransposed, bool kAdd, typename T, typename Between>
 void multiply(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_stride, const T* b,
-              int64_t b_stride, T* c, int64_t c_stride) {
+              int64_t b_stride, T* c, int64_t c_stride, Between& between) {
   constexpr int width = kWidth<T>;
   for (int64_t j = 0; j < cols;) {
     const int64_t left = (cols - j + width - 1) / width;
@@ -98,10 +101,10 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_s
     const auto run = [&]<int NV>() {
       if (tail > 0) {
         multiply_panel<NV, kTransposed, kAdd, true>(rows, depth, a, a_stride, panel, b_stride, out, c_stride,
-                                                    tail);
+                                                    tail, between);
       } else {
         multiply_panel<NV, kTransposed, kAdd, false>(rows, depth, a, a_stride, panel, b_stride, out, c_stride,
-                                                     tail);
+                                                     tail, between);
       }
     };
     switch (take) {
@@ -120,6 +123,13 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_s
     }
     j += take * width;
   }
+}
+
+template <bool kTransposed, bool kAdd, typename T>
+void multiply(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_stride, const T* b,
+              int64_t b_stride, T* c, int64_t c_stride) {
+  const Nothing nothing;
+  multiply<kTransposed, kAdd, T>(rows, cols, depth, a, a_stride, b, b_stride, c, c_stride, nothing);
 }
 
 }  // namespace

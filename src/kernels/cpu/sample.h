@@ -3,6 +3,7 @@
 // Policy sampled: weights of keys for a tile of query rows, gathered while the forward visits them, and the
 // draw.
 
+#include "kernels/cpu/rows.h"
 #include "kernels/cpu/tiles.h"
 
 #include <algorithm>
@@ -10,9 +11,9 @@
 namespace remnant::kernels::REMNANT_VARIANT {
 namespace {
 
-// One key's weight is the sum over the rows of exp(z - maximum) / sum, as these stand when its tile is
-// visited. What later tiles add to a row's sum is made good for the tile as a whole: `mass` rows hold the
-// tile's own sums, and `maximum` what they are relative to.
+// Squares of a tile's weights: the sum over the rows of (exp(z - maximum) / sum)^2, as these stand when the
+// tile is visited. What later tiles add to a row's sum is made good for the tile as a whole: `mass` rows hold
+// the tile's own sums of squares, and `mass_maximum` what they are relative to.
 template <typename T>
 void weigh_tile(const T* scores, int64_t stride, int64_t count, int64_t rows, const T* maximum, const T* sum,
                 T* inverse, T* weights, T* mass, T* mass_maximum) {
@@ -21,29 +22,37 @@ void weigh_tile(const T* scores, int64_t stride, int64_t count, int64_t rows, co
   for (int64_t j = 0; j < count; ++j) {
     const T* const row = scores + j * stride;
     Vector<T> total{};
-    for (int64_t r = 0; r < stride; r += width) total += load(row + r) * load(inverse + r);
+    for (int64_t r = 0; r < stride; r += width) {
+      const Vector<T> p = load(row + r) * load(inverse + r);
+      total += p * p;
+    }
     weights[j] = add_lanes<T>(total);
   }
   for (int64_t r = 0; r < stride; r += width) {
     Vector<T> total{};
-    for (int64_t j = 0; j < count; ++j) total += load(scores + j * stride + r);
+    for (int64_t j = 0; j < count; ++j) {
+      const Vector<T> p = load(scores + j * stride + r);
+      total += p * p;
+    }
     store(mass + r, total);
     store(mass_maximum + r, load(maximum + r));
   }
 }
 
-// Scales a tile's weights so that they add up to its share of P, now that lse is known.
+// A tile's weights from their squares, scaled to the tile's true sum of p^2 now that lse is known.
 template <typename T>
 void settle_weights(const T* mass, const T* mass_maximum, const T* lse, int64_t rows, T* weights,
                     int64_t count) {
   double share = 0, raw = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    if (lse[r] != kNothing<T>) share += static_cast<double>(mass[r] * std::exp(mass_maximum[r] - lse[r]));
+    if (mass[r] == 0) continue;  // nothing in this tile: what it would be relative to is not known
+    const auto p = static_cast<double>(exponential(mass_maximum[r] - lse[r]));
+    share += static_cast<double>(mass[r]) * p * p;
   }
   for (int64_t j = 0; j < count; ++j) raw += static_cast<double>(weights[j]);
-  const auto factor = static_cast<T>(raw > 0 ? share / raw : share);
+  const auto factor = static_cast<T>(std::sqrt(raw > 0 ? share / raw : share));
 #pragma omp simd
-  for (int64_t j = 0; j < count; ++j) weights[j] *= factor;
+  for (int64_t j = 0; j < count; ++j) weights[j] = std::sqrt(weights[j]) * factor;
 }
 
 // A number in (0, 1); see kernels/philox.h.
