@@ -15,10 +15,12 @@ namespace remnant {
 
 namespace {
 
-constexpr const char* kForms = "eager, exact, unbiased:bits=4, budget=60MB";
+constexpr const char* kForms = "eager, exact, budget=60MB";
 
 constexpr std::array<std::pair<const char*, double>, 7> kUnits{
     {{"B", 1}, {"kB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"KiB", 1024}, {"MiB", 1048576}, {"GiB", 1073741824}}};
+
+constexpr std::array<std::string_view, 5> kAttention{"eager", "projections", "output", "input", "automatic"};
 
 int64_t parse_bytes(std::string_view text) {
   double number = 0;
@@ -41,12 +43,6 @@ Memory Memory::eager() { return {.kind = Kind::eager}; }
 
 Memory Memory::exact() { return {.kind = Kind::exact}; }
 
-Memory Memory::unbiased(int64_t bits) {
-  TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "memory setting unbiased: bits must be 2, 4 or 8, got ",
-              bits);
-  return {.kind = Kind::unbiased, .bits = bits};
-}
-
 Memory Memory::budget(int64_t bytes) {
   TORCH_CHECK(bytes > 0, "memory setting: a budget must be at least 1 B, got ", bytes);
   return {.kind = Kind::budget, .bytes = bytes};
@@ -55,20 +51,11 @@ Memory Memory::budget(int64_t bytes) {
 Memory Memory::parse(std::string_view text) {
   if (text == "eager") return eager();
   if (text == "exact") return exact();
-  if (text == "unbiased") return unbiased();
-  constexpr std::string_view bits_form = "unbiased:bits=", budget_form = "budget=";
-  if (text.starts_with(bits_form)) {
-    const std::string_view number = text.substr(bits_form.size());
-    int64_t bits = 0;
-    const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), bits);
-    TORCH_CHECK(error == std::errc() && end == number.data() + number.size(),
-                "memory setting unbiased: bits must be 2, 4 or 8, got '", number, "'");
-    return unbiased(bits);
-  }
+  constexpr std::string_view budget_form = "budget=";
   if (text.starts_with(budget_form)) return budget(parse_bytes(text.substr(budget_form.size())));
   const std::string_view name = text.substr(0, text.find_first_of(":="));
-  TORCH_CHECK(false, "unknown memory setting '", text, "'",
-              suggestion(name, {"eager", "exact", "unbiased", "budget"}), "; settings are written ", kForms);
+  TORCH_CHECK(false, "unknown memory setting '", text, "'", suggestion(name, {"eager", "exact", "budget"}),
+              "; settings are written ", kForms);
 }
 
 std::string Memory::str() const {
@@ -77,16 +64,13 @@ std::string Memory::str() const {
       return "eager";
     case Kind::exact:
       return "exact";
-    case Kind::unbiased:
-      return "unbiased:bits=" + std::to_string(bits);
     case Kind::budget:
       break;
   }
-  for (auto unit = kUnits.rbegin(); unit != kUnits.rend(); ++unit) {
-    const auto size = static_cast<int64_t>(unit->second);
-    if (bytes % size == 0) return "budget=" + std::to_string(bytes / size) + unit->first;
-  }
-  return {};
+  int64_t number = bytes;
+  size_t unit = 0;  // B, kB, MB, GB stand first
+  for (; unit < 3 && number % 1000 == 0; ++unit) number /= 1000;
+  return "budget=" + std::to_string(number) + kUnits[unit].first;
 }
 
 LayerMemory::LayerMemory(const Memory& memory) {
@@ -100,17 +84,53 @@ LayerMemory::LayerMemory(const Memory& memory) {
   attention = AttentionKeep::automatic;
   hidden = false;
   norm_input = false;
-  if (memory.kind == Memory::Kind::unbiased) bits = memory.bits;
+}
+
+LayerMemory LayerMemory::parse(std::string_view text) {
+  LayerMemory memory;
+  if (text == "checkpoint") {
+    memory = LayerMemory(Memory::exact());
+    memory.checkpoint = true;
+    return memory;
+  }
+  if (text.find('=') == std::string_view::npos || text.starts_with("budget")) return Memory::parse(text);
+  while (!text.empty()) {
+    const std::string_view part = text.substr(0, text.find(','));
+    text.remove_prefix(std::min(text.size(), part.size() + 1));
+    const std::string_view name = part.substr(0, part.find('='));
+    const std::string_view value = part.substr(std::min(part.size(), name.size() + 1));
+    const auto choose = [&](const char* no, const char* yes) {
+      TORCH_CHECK(value == no || value == yes, "layer memory: ", name, " must be ", no, " or ", yes,
+                  ", got '", value, "'");
+      return value == yes;
+    };
+    if (name == "attention") {
+      const auto found = std::find(kAttention.begin(), kAttention.end(), value);
+      TORCH_CHECK(found != kAttention.end(),
+                  "layer memory: attention must be eager, projections, output, input or automatic, got '",
+                  value, "'", suggestion(value, {kAttention.begin(), kAttention.end()}));
+      memory.attention = static_cast<AttentionKeep>(found - kAttention.begin());
+    } else if (name == "hidden") {
+      memory.hidden = choose("recompute", "keep");
+    } else if (name == "dropout") {
+      memory.noise = choose("seed", "noise");
+    } else if (name == "norm") {
+      memory.norm_input = choose("output", "input");
+    } else {
+      TORCH_CHECK(false, "layer memory: unknown part '", part, "'",
+                  suggestion(name, {"attention", "hidden", "dropout", "norm"}),
+                  "; written as in attention=input,hidden=recompute,dropout=seed,norm=output");
+    }
+  }
+  return memory;
 }
 
 std::string LayerMemory::str() const {
   if (checkpoint) return "checkpoint";
-  constexpr std::array<const char*, 5> names{"eager", "projections", "output", "input", "automatic"};
-  std::string text = std::string("attention=") + names[static_cast<size_t>(attention)];
+  std::string text = "attention=" + std::string(kAttention[static_cast<size_t>(attention)]);
   text += hidden ? ",hidden=keep" : ",hidden=recompute";
   text += noise ? ",dropout=noise" : ",dropout=seed";
   text += norm_input ? ",norm=input" : ",norm=output";
-  if (bits > 0) text += ",bits=" + std::to_string(bits);
   return text;
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace torch::nn {
@@ -20,6 +21,15 @@ namespace remnant {
 /// one. Weights stay as they are. Returns how many layers that were. Throws c10::Error for a budget, which
 /// needs `plan`.
 REMNANT_API int64_t set_memory(torch::nn::Module& model, const LayerMemory& memory);
+
+/// What each of those layers keeps, by its path in the model, in the order of the model.
+REMNANT_API std::vector<std::pair<std::string, LayerMemory>> get_memory(torch::nn::Module& model);
+
+/// The same by patterns of paths, in which * stands for any characters: the last pattern that fits a layer
+/// decides, and a layer that none fits stays as it is. Throws c10::Error, having changed nothing, on a
+/// pattern that fits no layer.
+REMNANT_API void set_memory(torch::nn::Module& model,
+                            const std::vector<std::pair<std::string, LayerMemory>>& patterns);
 
 /// One layer's part in a plan.
 struct REMNANT_API PlannedLayer {

@@ -13,20 +13,15 @@ namespace remnant {
 /// `--memory`, Python's `memory=`).
 struct REMNANT_API Memory {
   enum class Kind {
-    eager,     ///< what PyTorch keeps: the "off" switch.
-    exact,     ///< gradients equal eager's up to rounding; what can be made again from little is.
-    unbiased,  ///< as exact, and what the gradient is linear in is kept in `bits` bits by stochastic
-               ///< rounding.
-    budget,    ///< exact gradients, and `plan` chooses layer by layer so that a step's peak fits `bytes`.
+    eager,   ///< what PyTorch keeps: the "off" switch.
+    exact,   ///< gradients equal eager's up to rounding; what can be made again from little is.
+    budget,  ///< exact gradients, and `plan` chooses layer by layer so that a step's peak fits `bytes`.
   };
   Kind kind = Kind::exact;
-  int64_t bits = 4;   ///< unbiased: 2, 4 or 8
   int64_t bytes = 0;  ///< budget: peak of a step beyond parameters, gradients and optimizer state
 
   static Memory eager();
   static Memory exact();
-  /// Throws c10::Error unless bits is 2, 4 or 8.
-  static Memory unbiased(int64_t bits = 4);
   /// Throws c10::Error unless bytes is positive.
   static Memory budget(int64_t bytes);
 
@@ -65,10 +60,12 @@ struct REMNANT_API LayerMemory {
   bool norm_input = true;
   /// Keeps the layer's input alone and runs the layer again in backward.
   bool checkpoint = false;
-  /// 0, or the bits that linear inputs are kept in, by stochastic rounding.
-  int64_t bits = 0;
 
-  /// "attention=input,hidden=recompute,norm=output" and the like.
+  /// Reads the written form, any of attention=eager|projections|output|input|automatic,
+  /// hidden=keep|recompute, dropout=noise|seed and norm=input|output behind commas, or `checkpoint` or a
+  /// Memory setting by itself. Throws c10::Error with one sentence.
+  static LayerMemory parse(std::string_view text);
+  /// The written form; parse(str()) gives the same.
   std::string str() const;
   bool operator==(const LayerMemory&) const = default;
 };

@@ -12,6 +12,7 @@
 #include <limits>
 #include <map>
 #include <sstream>
+#include <string_view>
 
 namespace remnant {
 namespace {
@@ -81,6 +82,15 @@ class Untouched {
   Tensor random_;
   std::vector<Tensor> parameters_, gradients_;
 };
+
+/// Whether `name` is `pattern`, whose * stand for any characters.
+bool fits(std::string_view name, std::string_view pattern) {
+  if (pattern.empty()) return name.empty();
+  if (pattern.front() != '*') {
+    return !name.empty() && name.front() == pattern.front() && fits(name.substr(1), pattern.substr(1));
+  }
+  return fits(name, pattern.substr(1)) || (!name.empty() && fits(name.substr(1), pattern));
+}
 
 bool inside(const std::string& layer, const std::string& name) {
   return name.empty() || layer == name || layer.starts_with(name + ".");
@@ -206,6 +216,28 @@ int64_t set_memory(torch::nn::Module& model, const LayerMemory& memory) {
   const std::vector<Layer> layers = layers_of(model);
   for (const Layer& layer : layers) layer.module->set_memory(memory);
   return static_cast<int64_t>(layers.size());
+}
+
+std::vector<std::pair<std::string, LayerMemory>> get_memory(torch::nn::Module& model) {
+  std::vector<std::pair<std::string, LayerMemory>> found;
+  for (const Layer& layer : layers_of(model)) found.emplace_back(layer.name, layer.module->memory());
+  return found;
+}
+
+void set_memory(torch::nn::Module& model, const std::vector<std::pair<std::string, LayerMemory>>& patterns) {
+  const std::vector<Layer> layers = layers_of(model);
+  for (const auto& [pattern, memory] : patterns) {
+    const bool any = std::any_of(layers.begin(), layers.end(),
+                                 [&](const Layer& layer) { return fits(layer.name, pattern); });
+    std::string names;
+    for (const Layer& layer : layers) names += (names.empty() ? "" : ", ") + layer.name;
+    TORCH_CHECK(any, "set_memory: no layer fits the pattern '", pattern, "'; the model's are ", names);
+  }
+  for (const auto& [pattern, memory] : patterns) {
+    for (const Layer& layer : layers) {
+      if (fits(layer.name, pattern)) layer.module->set_memory(memory);
+    }
+  }
 }
 
 Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t budget_bytes) {

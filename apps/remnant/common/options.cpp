@@ -2,6 +2,7 @@
 
 #include <remnant/ops/attention.h>
 #include <remnant/policy.h>
+#include <remnant/setting.h>
 
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
@@ -18,6 +19,24 @@ void require_at_least(const char* flag, int64_t value, int64_t least) {
   throw UsageError(std::string("--") + flag + " should be at least " + std::to_string(least) + ", got " +
                    std::to_string(value));
 }
+
+namespace {
+
+/// A setting in its usual spelling; a file as it is.
+void check_memory(TrainingOptions& options) {
+  if (options.memory == kAttentionAlone || options.memory.ends_with(".json")) return;
+  try {
+    options.memory = Memory::parse(options.memory).str();
+  } catch (const c10::Error& error) {
+    throw UsageError(error.what_without_backtrace() + std::string("; or attention, or a file named .json"));
+  }
+  if (options.attention != Policy::recompute().str()) {
+    throw UsageError("--memory " + options.memory + " chooses for attention too; leave --attention " +
+                     options.attention + " out, or use --memory attention");
+  }
+}
+
+}  // namespace
 
 void check_shared(TrainingOptions& options) {
   require_at_least("hidden", options.hidden, 1);
@@ -48,6 +67,7 @@ void check_shared(TrainingOptions& options) {
     // The library's own words; the policy came from the command line.
     throw UsageError(error.what_without_backtrace());
   }
+  check_memory(options);
 }
 
 std::string absolute_data(const std::string& data, const std::string& generated) {

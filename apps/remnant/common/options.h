@@ -16,13 +16,16 @@ namespace remnant::app {
 /// What every program's training takes. A program derives its own, with its defaults, a kProgram with its
 /// name, and a visit_options.
 struct TrainingOptions {
-  std::string data, attention = "recompute", precision = "fp32", out;
+  std::string data, attention = "recompute", memory = "attention", precision = "fp32", out;
   int64_t hidden = 256, layers = 3, heads = 8, feed_forward = 512;
   double dropout = 0.1, learning_rate = 5e-4, clip = 1;
   int64_t batch_size = 128, accumulate = 1, seed = 1;
   int64_t epochs = 10, max_steps = 0, checkpoint_every = 500, fidelity_every = 0, threads = 0;
   bool resume = false, quiet = false;
 };
+
+/// --memory: attention keeps what its policy says, the rest what PyTorch keeps but for dropout.
+inline constexpr const char* kAttentionAlone = "attention";
 
 /// Whether a run may go on with another value of an option than it was started with.
 enum class Resume { same, any };
@@ -44,6 +47,10 @@ void visit_training_options(Options& o, const Visit& visit, const char* batch_he
   visit("clip", o.clip, Resume::same, "largest gradient norm");
   visit("batch-size", o.batch_size, Resume::same, batch_help);
   visit("accumulate", o.accumulate, Resume::same, "batches a step: as one batch that many times larger");
+  visit("memory", o.memory, Resume::any,
+        "what layers keep: attention (its policy alone), eager, exact, budget=60MB (of a step's peak), or a "
+        "JSON "
+        "file of {layer pattern: choices}");
   visit("precision", o.precision, Resume::same, "fp32 or bf16 (autocast; parameters stay fp32)");
   visit("seed", o.seed, Resume::same, "of initial weights, batches and dropout");
   visit("epochs", o.epochs, Resume::any, "passes over the training text");

@@ -184,6 +184,10 @@ nlohmann::ordered_json RunFolder::read_json(const std::string& name) const {
   const fs::path file = path_ / name;
   std::error_code ignored;
   if (!fs::exists(file, ignored)) throw Error("the run folder " + path_.string() + " holds no " + name);
+  return read_json_file(file);
+}
+
+nlohmann::ordered_json read_json_file(const fs::path& file) {
   auto value = nlohmann::ordered_json::parse(read_file(file), nullptr, /*allow_exceptions=*/false);
   if (value.is_discarded()) throw Error(file.string() + " is damaged: it is not valid JSON");
   return value;

@@ -35,6 +35,9 @@ struct LoadedTensors {
 /// Throws Error with one sentence on a truncated, malformed or foreign file.
 LoadedTensors load_tensors(const std::filesystem::path& file);
 
+/// A file of JSON. Throws Error when it is missing or is none.
+nlohmann::ordered_json read_json_file(const std::filesystem::path& file);
+
 /// A run's folder: config.json, metrics.jsonl, memory.json, summary.json, checkpoint/, vocabularies,
 /// TensorBoard events.
 class RunFolder {

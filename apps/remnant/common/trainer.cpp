@@ -6,6 +6,7 @@
 #include "common/text.h"
 
 #include <remnant/memory.h>
+#include <remnant/plan.h>
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -150,6 +151,7 @@ class Trainer {
       if (fs::exists(run_.path() / "metrics.jsonl")) run_.drop_metrics_after(0);
     }
     announce(resumed);
+    set_memory();
     if (!fs::exists(run_.path() / "memory.json")) write_memory();
     events_ = std::make_unique<EventWriter>(run_.path());
   }
@@ -185,6 +187,77 @@ class Trainer {
               << " M parameters; " << at::get_num_threads() << " threads\n";
     for (const std::string& note : task_.notes()) std::cerr << note << "\n";
     if (resumed) std::cerr << "resumed at step " << step_ << "\n";
+  }
+
+  /// The plan of a budget stays with the run: what layers keep decides how they draw dropout, and times
+  /// differ from one run to the next.
+  void set_memory() {
+    const std::string& setting = options_.memory;
+    if (setting == kAttentionAlone) return;
+    if (setting.ends_with(".json")) {
+      set_memory_of(read_json_file(setting), setting);
+      return;
+    }
+    const Memory memory = Memory::parse(setting);
+    if (memory.kind != Memory::Kind::budget) {
+      remnant::set_memory(model_, memory);
+      return;
+    }
+    const fs::path file = run_.path() / "plan.json";
+    if (fs::exists(file)) {
+      const ordered_json before = run_.read_json("plan.json");
+      if (before.value("memory", "") == setting) {
+        set_memory_of(before.value("layers", ordered_json()), file.string());
+        return;
+      }
+    }
+    const KeepRandomState keep;
+    const Minibatch largest = largest_batch();
+    model_.train();
+    try {
+      const Plan plan =
+          remnant::plan(model_, [&] { return batch_loss(largest, largest.terms, bf16()); }, memory.bytes);
+      if (!options_.quiet) std::cerr << plan.table();
+      ordered_json layers;
+      for (const PlannedLayer& layer : plan.layers) layers[layer.name] = layer.memory.str();
+      run_.write_json("plan.json", {{"memory", setting},
+                                    {"layers", layers},
+                                    {"predicted_kept_bytes", plan.predicted_kept_bytes},
+                                    {"measured_kept_bytes", plan.measured_kept_bytes},
+                                    {"predicted_peak_bytes", plan.predicted_peak_bytes},
+                                    {"measured_peak_bytes", plan.measured_peak_bytes}});
+    } catch (const c10::Error& error) {
+      throw Error(error.what_without_backtrace());
+    }
+  }
+
+  void set_memory_of(const ordered_json& layers, const std::string& file) {
+    if (!layers.is_object()) throw Error(file + " should be an object {layer pattern: choices}");
+    std::vector<std::pair<std::string, LayerMemory>> patterns;
+    for (const auto& [name, choices] : layers.items()) {
+      if (!choices.is_string()) throw Error(file + ": the choices of " + name + " should be a string");
+      try {
+        patterns.emplace_back(name, LayerMemory::parse(choices.get<std::string>()));
+      } catch (const c10::Error& error) {
+        throw Error(file + ": " + error.what_without_backtrace());
+      }
+    }
+    try {
+      remnant::set_memory(model_, patterns);
+    } catch (const c10::Error& error) {
+      throw Error(file + ": " + error.what_without_backtrace());
+    }
+  }
+
+  /// Of the first epoch.
+  Minibatch largest_batch() {
+    const int64_t total = task_.start_epoch(0);
+    Minibatch largest;
+    for (int64_t i = 0; i < total; ++i) {
+      std::vector<Minibatch> found = task_.batches(i, 1);
+      if (found.front().tokens > largest.tokens) largest = std::move(found.front());
+    }
+    return largest;
   }
 
   /// Layer by layer what a forward pass keeps.
