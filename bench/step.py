@@ -165,7 +165,7 @@ class PackedTo8Bits:
 class Eager:
     def __init__(self, model, context=None, compiled=False):
         torch.manual_seed(0)
-        self.model, self.context = model, context
+        self.model, self.context, self.compiled = model, context, compiled
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=5e-4, fused=True)
         self.loss = torch.compile(model.loss) if compiled else model.loss
@@ -190,7 +190,7 @@ class Eager:
 
     def bytes(self):
         self.step()
-        kept = None if self.context or self.loss is not self.model.loss else kept_bytes(self.loss, self.parameters)
+        kept = None if self.context or self.compiled else kept_bytes(self.loss, self.parameters)
         return {"kept_bytes": kept, "peak_bytes": peak_bytes(self.step)}
 
     def close(self):
