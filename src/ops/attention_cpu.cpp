@@ -29,10 +29,16 @@ kernels::HeadView<const T> view(const at::Tensor& x) {
   return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-kernels::HeadView<const uint16_t> narrow_view(const at::Tensor& x) {
-  if (!x.defined()) return {};
-  return {reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()), x.stride(0), x.stride(1),
-          x.stride(2)};
+// narrow: the kernels take bfloat16 as it is.
+template <typename T>
+void set_view(const at::Tensor& x, bool narrow, kernels::HeadView<const T>& wide,
+              kernels::HeadView<const uint16_t>& as_it_is) {
+  if (!narrow) {
+    wide = view<T>(x);
+  } else if (x.defined()) {
+    as_it_is = {reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()), x.stride(0), x.stride(1),
+                x.stride(2)};
+  }
 }
 
 template <typename T>
@@ -154,12 +160,12 @@ at::Tensor forward(const at::Tensor& query, const at::Tensor& key, const at::Ten
                    const AttentionCall& call, const at::Tensor& seed, AttentionResiduals& residuals,
                    const PackedSequences* packed) {
   constexpr auto type = at::CppTypeToScalarType<T>::value;
-  // Scores of bfloat16 as it is, where the machine multiplies it.
   const bool narrow = query.scalar_type() == at::kBFloat16 && kernels::cpu_kernels().bfloat16;
-  const at::Tensor q = readable(query, narrow ? at::kBFloat16 : type);
-  const at::Tensor k = readable(key, narrow ? at::kBFloat16 : type);
-  const at::Tensor v = readable(value, type);
-  at::Tensor output = empty_heads(q.size(0), q.size(1), q.size(2), v.size(3), v.options());
+  const auto read_as = narrow ? at::kBFloat16 : type;
+  const at::Tensor q = readable(query, read_as);
+  const at::Tensor k = readable(key, read_as);
+  const at::Tensor v = readable(value, read_as);
+  at::Tensor output = empty_heads(q.size(0), q.size(1), q.size(2), v.size(3), q.options().dtype(type));
   kernels::AttentionForward<T> problem;
   problem.batch = q.size(0);
   problem.heads = q.size(1);
@@ -168,14 +174,10 @@ at::Tensor forward(const at::Tensor& query, const at::Tensor& key, const at::Ten
   problem.keys = k.size(2);
   problem.head_dim = q.size(3);
   problem.value_dim = v.size(3);
-  if (narrow) {
-    problem.narrow_query = narrow_view(q);
-    problem.narrow_key = narrow_view(k);
-  } else {
-    problem.query = view<T>(q);
-    problem.key = view<T>(k);
-  }
-  problem.value = view<T>(v);
+  problem.bfloat16 = narrow;
+  set_view(q, narrow, problem.query, problem.narrow_query);
+  set_view(k, narrow, problem.key, problem.narrow_key);
+  set_view(v, narrow, problem.value, problem.narrow_value);
   problem.output = mutable_view<T>(output);
   at::Tensor mask;
   set_call(problem, call, seed, mask);
@@ -215,20 +217,15 @@ template <typename T>
 BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call,
                         const PackedSequences* packed) {
   constexpr auto type = at::CppTypeToScalarType<T>::value;
-  const at::Tensor g = readable(inputs.grad_output, type);
-  const at::Tensor q = readable(inputs.query, type);
-  const at::Tensor k = readable(inputs.key, type);
-  // Products of bfloat16 as it is, where the machine multiplies it: q k^T, and g v^T, which alone needs v.
-  // Policy sampled gathers its keys in the accumulation type.
+  // Policy sampled gathers its keys' rows in the accumulation type.
   const bool narrow = inputs.grad_output.scalar_type() == at::kBFloat16 && kernels::cpu_kernels().bfloat16 &&
                       call.policy.kind != PolicyKind::sampled;
-  const auto as_it_is = [&](const at::Tensor& x) {
-    return narrow ? readable(x, at::kBFloat16) : at::Tensor();
-  };
-  const at::Tensor narrow_g = as_it_is(inputs.grad_output), narrow_q = as_it_is(inputs.query),
-                   narrow_k = as_it_is(inputs.key), narrow_v = as_it_is(inputs.value);
-  const at::Tensor v = narrow ? at::Tensor() : readable(inputs.value, type);
-  const at::Tensor o = readable(inputs.output, type);
+  const auto read_as = narrow ? at::kBFloat16 : type;
+  const at::Tensor g = readable(inputs.grad_output, read_as);
+  const at::Tensor q = readable(inputs.query, read_as);
+  const at::Tensor k = readable(inputs.key, read_as);
+  const at::Tensor v = readable(inputs.value, read_as);
+  const at::Tensor o = readable(inputs.output, read_as);
   kernels::AttentionBackward<T> problem;
   problem.batch = g.size(0);
   problem.heads = g.size(1);
@@ -237,20 +234,17 @@ BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call,
   problem.keys = inputs.keys;
   problem.head_dim = q.defined() ? q.size(3) : (k.defined() ? k.size(3) : 0);
   problem.value_dim = g.size(3);
-  problem.query = view<T>(q);
-  problem.key = view<T>(k);
-  problem.value = view<T>(v);
-  problem.grad_output = view<T>(g);
-  problem.narrow_query = narrow_view(narrow_q);
-  problem.narrow_key = narrow_view(narrow_k);
-  problem.narrow_value = narrow_view(narrow_v);
-  problem.narrow_grad_output = narrow_view(narrow_g);
-  problem.output = view<T>(o);
+  problem.bfloat16 = narrow;
+  set_view(q, narrow, problem.query, problem.narrow_query);
+  set_view(k, narrow, problem.key, problem.narrow_key);
+  set_view(v, narrow, problem.value, problem.narrow_value);
+  set_view(g, narrow, problem.grad_output, problem.narrow_grad_output);
+  set_view(o, narrow, problem.output, problem.narrow_output);
   at::Tensor mask;
   set_call(problem, call, inputs.kept.seed, mask);
   set_residuals(problem, call, inputs.kept);
   at::Tensor grad_query, grad_key, grad_value;
-  const auto options = g.options();
+  const auto options = g.options().dtype(type);
   // The kernel writes every row, also of gradients that are 0.
   if (inputs.needs[0]) {
     grad_query = empty_heads(problem.batch, problem.heads, problem.queries, problem.head_dim, options);
@@ -267,7 +261,8 @@ BackwardResult backward(const BackwardInputs& inputs, const AttentionCall& call,
   const std::vector<kernels::Sequence> sequences = set_packed(problem, packed);
   if (packed != nullptr) {
     problem.sequences = sequences.data();
-    problem.grad_output.batch = problem.output.batch = problem.narrow_grad_output.batch = 0;
+    problem.grad_output.batch = problem.output.batch = 0;
+    problem.narrow_grad_output.batch = problem.narrow_output.batch = 0;
     for (auto* view : {&problem.grad_query, &problem.grad_key, &problem.grad_value}) view->batch = 0;
   }
   kernels::choose_tiles<T>(problem);

@@ -194,9 +194,11 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
   const std::vector<uint16_t> narrow_q = halves(ref.query), narrow_k = halves(ref.key),
                               narrow_v = halves(ref.value), narrow_g = halves(grad);
   if (narrow) {
-    f.query = f.key = {};
+    f.bfloat16 = true;
+    f.query = f.key = f.value = {};
     f.narrow_query = view(narrow_q.data(), s.heads, s.queries, s.head_dim);
     f.narrow_key = view(narrow_k.data(), s.kv_heads, s.keys, s.head_dim);
+    f.narrow_value = view(narrow_v.data(), s.kv_heads, s.keys, s.value_dim);
   }
   f.scale = static_cast<T>(ref.scale);
   f.seed = {11, 22, 33};
@@ -281,10 +283,7 @@ void check_attention(const CpuKernels& cpu, const Shape& s, Masking masking, ker
   b.lanes = lanes;
   b.grad_output = view(g.data(), s.heads, s.queries, s.value_dim);
   if (narrow) {
-    b.query = view(q.data(), s.heads, s.queries, s.head_dim);
-    b.key = view(k.data(), s.kv_heads, s.keys, s.head_dim);
-    b.value = {};
-    b.narrow_value = view(narrow_v.data(), s.kv_heads, s.keys, s.value_dim);
+    b.grad_output = {};
     b.narrow_grad_output = view(narrow_g.data(), s.heads, s.queries, s.value_dim);
   }
   const bool biased = keep == kernels::Keep::curve;

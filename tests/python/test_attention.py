@@ -344,6 +344,23 @@ def check_precision(policy, q, k, v, mask, causal, floor=1.0):
         assert our <= 2 * their + least, f"{name}: error {our:.3g}, torch's {their:.3g}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_gradient_is_the_same_whichever_others_are_wanted(policy, dtype):
+    q, k, v = inputs(2, 4, 2, 21, 70, dtype=dtype)
+    grad = torch.randn(2, 4, 21, v.size(3), dtype=torch.float64).to(dtype)
+
+    def gradients(*wanted):
+        tensors = [x.detach().requires_grad_(name in wanted) for name, x in zip("qkv", (q, k, v), strict=True)]
+        o = remnant.attention(*tensors, policy=policy, generator=torch.Generator().manual_seed(2))
+        return dict(zip(wanted, torch.autograd.grad(o, [x for x in tensors if x.requires_grad], grad), strict=True))
+
+    every = gradients("q", "k", "v")
+    for wanted in ("q", "k", "v", "qk", "qv", "kv"):
+        for name, x in gradients(*wanted).items():
+            assert relative(x, every[name].double()) < 1e-6, f"{name} of {wanted}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("policy", ["curve:m=2", "curve:m=4,paper_text", "curve:m=20"])
 @pytest.mark.parametrize("keys", [40, 300])

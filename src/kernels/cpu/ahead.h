@@ -37,7 +37,7 @@ class Ahead {
     const char* data;
     int64_t stride, bytes, rows;
   };
-  Part parts_[12];
+  Part parts_[8];
   int count_ = 0, next_ = 0;
 };
 

@@ -26,8 +26,9 @@ struct Scratch {
   T *scores, *products;  // [keys][rows]
   T* output;             // [rows][value_dim]
   T *maximum, *sum, *correction, *lse, *delta, *step;
-  T* row;            // one row of keys
-  uint16_t* staged;  // bfloat16 rows
+  T* row;                                 // one row of keys
+  uint16_t* staged;                       // bfloat16 rows
+  T *wide_keys, *wide_query, *wide_grad;  // the same as T, [keys or rows][dimension]
   uint8_t* allowed;
   void* rest;  // curve: what sorting needs; sampled: weights, or the drawn keys' rows
   int64_t output_stride;
@@ -56,6 +57,10 @@ struct Scratch {
     row = take(problem.tile_keys);
     staged = reinterpret_cast<uint16_t*>(at);
     at = reinterpret_cast<T*>(staged + bfloat16_staging(problem));
+    wide_query = at;
+    wide_grad = wide_query + rows * round_up(problem.head_dim, kTileUnit);
+    wide_keys = wide_grad + rows * output_stride;
+    at += bfloat16_widening(problem);
     allowed = reinterpret_cast<uint8_t*>(at);
     rest = allowed + round_up(problem.tile_keys * rows, 64);
   }
@@ -69,6 +74,22 @@ TileDropout<T> tile_dropout(const AttentionProblem<T>& problem, const Block& blo
           static_cast<uint32_t>(tile.begin / kDropoutColumns),
           static_cast<uint32_t>(block.first),
           block.head};
+}
+
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+};
+
+// Rows of an input as T, widened into `room` where it is bfloat16.
+template <typename T>
+Rows<T> rows_of(const HeadView<const T>& view, const HeadView<const uint16_t>& narrow, int64_t b, int64_t h,
+                int64_t first, int64_t rows, int64_t dims, T* room) {
+  if (narrow.data == nullptr) return {view.at(b, h, first), view.row};
+  const int64_t stride = round_up(dims, kTileUnit);
+  widen_rows(narrow.at(b, h, first), narrow.row, rows, dims, room, stride);
+  return {room, stride};
 }
 
 // A block's rows as the right factor of bfloat16 products.
@@ -96,7 +117,7 @@ void multiply_narrow(const AttentionProblem<T>& problem, const HeadView<const ui
 
 template <typename T>
 void transpose_query(const AttentionProblem<T>& problem, const Block& block, Scratch<T>& scratch) {
-  if (problem.narrow_query.data != nullptr) {
+  if (problem.bfloat16) {
     pair_rows(problem.narrow_query, block, problem.head_dim, scratch, scratch.query);
     return;
   }
@@ -112,7 +133,7 @@ void transpose_query(const AttentionProblem<T>& problem, const Block& block, Scr
 template <typename T>
 void score_tile(const AttentionProblem<T>& problem, const Block& block, const Tile& tile, Scratch<T>& scratch,
                 Ahead& ahead) {
-  if (problem.narrow_key.data != nullptr) {
+  if (problem.bfloat16) {
     multiply_narrow(problem, problem.narrow_key, block, tile, problem.head_dim, scratch.query, scratch,
                     scratch.scores);
     mask_tile(problem, block, tile, scratch.allowed, scratch.scores);
@@ -324,10 +345,11 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
                  sample.weights + tile.begin, mass, mass + problem.block_rows);
       if (drops) drop_tile(scratch.scores, block.padded, count, drop);
     }
-    const T* const value = problem.value.at(block.b, block.kv_head, block.key_row + tile.begin);
+    const Rows<T> value = rows_of(problem.value, problem.narrow_value, block.b, block.kv_head,
+                                  block.key_row + tile.begin, count, problem.value_dim, scratch.wide_keys);
     if (first) {
-      multiply<true, false>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value,
-                            problem.value.row, scratch.output, scratch.output_stride, ahead);
+      multiply<true, false>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value.data,
+                            value.stride, scratch.output, scratch.output_stride, ahead);
     } else {
       if (corrects) {
         for (int64_t r = 0; r < block.rows; ++r) {
@@ -337,8 +359,8 @@ void forward_block(const AttentionForward<T>& problem, const Block& block, Scrat
           for (int64_t d = 0; d < problem.value_dim; ++d) out[d] *= factor;
         }
       }
-      multiply<true, true>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value,
-                           problem.value.row, scratch.output, scratch.output_stride, ahead);
+      multiply<true, true>(block.rows, problem.value_dim, count, scratch.scores, block.padded, value.data,
+                           value.stride, scratch.output, scratch.output_stride, ahead);
     }
     first = false;
   }
@@ -392,7 +414,7 @@ constexpr int64_t kFewRows = 2;
 
 template <typename T>
 bool has_few_rows(const AttentionForward<T>& problem, const Block& block) {
-  return block.rows <= kFewRows && problem.narrow_key.data == nullptr && problem.drop_threshold == 0 &&
+  return block.rows <= kFewRows && !problem.bfloat16 && problem.drop_threshold == 0 &&
          problem.mask.kind != MaskKind::additive &&
          (problem.keep == Keep::nothing || problem.keep == Keep::lse);
 }
@@ -576,12 +598,16 @@ void rebuild_tile(const AttentionBackward<T>& problem, const Block& block, const
               static_cast<size_t>((end - count) * block.padded) * sizeof(T));
 }
 
+// Whether delta is g . o; else it is taken from the decoded row.
+template <typename T>
+bool has_output(const AttentionBackward<T>& problem) {
+  return problem.output.data != nullptr || problem.narrow_output.data != nullptr;
+}
+
 // What a block's tiles share in backward: q and g transposed and scaled, lse, delta.
 template <typename T>
-void prepare_rows(const AttentionBackward<T>& problem, const Block& block, bool needs_dz,
+void prepare_rows(const AttentionBackward<T>& problem, const Block& block, const Rows<T>& g, bool needs_dz,
                   Scratch<T>& scratch) {
-  const int64_t query_row = block.query_row + block.first;
-  const T* const g = problem.grad_output.at(block.b, block.h, query_row);
   if (problem.keep == Keep::lse || problem.keep == Keep::sample) {
     transpose_query(problem, block, scratch);
     lse_for_probabilities(problem.lse + block.residual_row, block, scratch.lse);
@@ -593,22 +619,24 @@ void prepare_rows(const AttentionBackward<T>& problem, const Block& block, bool 
   }
   for (int64_t r = 0; r < block.padded; ++r) scratch.delta[r] = 0;
   if (needs_dz) {
-    if (problem.narrow_value.data != nullptr) {
+    if (problem.bfloat16) {
       pair_rows(problem.narrow_grad_output, block, problem.value_dim, scratch, scratch.grad);
     } else {
       // The scale of dq and dk is in g here, so that no tile has to be scaled.
-      transpose<true>(g, problem.grad_output.row, block.rows, problem.value_dim, problem.scale, scratch.grad,
+      transpose<true>(g.data, g.stride, block.rows, problem.value_dim, problem.scale, scratch.grad,
                       block.padded);
       for (int64_t d = 0; d < problem.value_dim; ++d) {
         for (int64_t r = round_up(block.rows, kWidth<T>); r < block.padded; ++r)
           scratch.grad[d * block.padded + r] = 0;
       }
     }
-    if (problem.output.data != nullptr) {
+    if (has_output(problem)) {
+      const Rows<T> output =
+          rows_of(problem.output, problem.narrow_output, block.b, block.h, block.query_row + block.first,
+                  block.rows, problem.value_dim, scratch.output);
       for (int64_t r = 0; r < block.rows; ++r) {
         scratch.delta[r] =
-            problem.scale * dot(g + r * problem.grad_output.row,
-                                problem.output.at(block.b, block.h, query_row + r), problem.value_dim);
+            problem.scale * dot(g.data + r * g.stride, output.data + r * output.stride, problem.value_dim);
       }
     }
   }
@@ -622,8 +650,14 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
   const bool drops = problem.drop_threshold > 0;
   const bool curve = problem.keep == Keep::curve;
   const int64_t query_row = block.query_row + block.first;
-  const T* const g = problem.grad_output.at(block.b, block.h, query_row);
-  prepare_rows(problem, block, needs_dz, scratch);
+  const Rows<T> g = rows_of(problem.grad_output, problem.narrow_grad_output, block.b, block.h, query_row,
+                            block.rows, problem.value_dim, scratch.wide_grad);
+  Rows<T> query{};
+  if (problem.grad_key.data != nullptr) {
+    query = rows_of(problem.query, problem.narrow_query, block.b, block.h, query_row, block.rows,
+                    problem.head_dim, scratch.wide_query);
+  }
+  prepare_rows(problem, block, g, needs_dz, scratch);
   bool adds_query = problem.phase > 0;
   for (int64_t index = 0, begin = 0; begin < block.keys; ++index, begin += problem.tile_keys) {
     if (problem.lanes > 1 && lane_of(index, problem.lanes) != segment) continue;
@@ -639,7 +673,7 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
     rebuild_tile(problem, block, tile, scratch, ahead);
     T* const products = needs_dz ? scratch.products : nullptr;
     if (needs_dz) {
-      if (problem.narrow_value.data != nullptr) {
+      if (problem.bfloat16) {
         multiply_narrow(problem, problem.narrow_value, block, tile, problem.value_dim, scratch.grad, scratch,
                         products);
       } else {
@@ -652,7 +686,7 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
                   static_cast<size_t>((end - count) * block.padded) * sizeof(T));
     }
     const TileDropout<T> drop = tile_dropout(problem, block, tile);
-    if (needs_dz && problem.output.data == nullptr) {
+    if (needs_dz && !has_output(problem)) {
       (drops ? delta_tile<true, T> : delta_tile<false, T>)(scratch.scores, products, block.padded, count,
                                                            scratch.delta, drop);
     }
@@ -664,24 +698,23 @@ void backward_block(const AttentionBackward<T>& problem, const Block& block, int
     if (problem.grad_value.data != nullptr) {
       (writes ? multiply<false, false, T, Ahead>
               : multiply<false, true, T, Ahead>)(count, problem.value_dim, block.rows, scratch.scores,
-                                                 block.padded, g, problem.grad_output.row,
+                                                 block.padded, g.data, g.stride,
                                                  problem.grad_value.at(block.b, block.kv_head, key_row),
                                                  problem.grad_value.row, ahead);
     }
     if (problem.grad_key.data != nullptr) {
       (writes ? multiply<false, false, T, Ahead>
               : multiply<false, true, T, Ahead>)(count, problem.head_dim, block.rows, products, block.padded,
-                                                 problem.query.at(block.b, block.h, query_row),
-                                                 problem.query.row,
+                                                 query.data, query.stride,
                                                  problem.grad_key.at(block.b, block.kv_head, key_row),
                                                  problem.grad_key.row, ahead);
     }
     if (problem.grad_query.data != nullptr) {
+      const Rows<T> key = rows_of(problem.key, problem.narrow_key, block.b, block.kv_head, key_row, count,
+                                  problem.head_dim, scratch.wide_keys);
       (adds_query ? multiply<true, true, T, Ahead>
                   : multiply<true, false, T, Ahead>)(block.rows, problem.head_dim, count, products,
-                                                     block.padded,
-                                                     problem.key.at(block.b, block.kv_head, key_row),
-                                                     problem.key.row,
+                                                     block.padded, key.data, key.stride,
                                                      problem.grad_query.at(block.b, block.h, query_row),
                                                      problem.grad_query.row, ahead);
       adds_query = true;
@@ -702,7 +735,7 @@ void backward_sampled(const AttentionBackward<T>& problem, const Block& block, i
   const T* const g = problem.grad_output.at(block.b, block.h, query_row);
   const int64_t key_dim = problem.head_dim, value_dim = problem.value_dim;
   const int64_t key_stride = round_up(key_dim, kTileUnit), value_stride = round_up(value_dim, kTileUnit);
-  prepare_rows(problem, block, needs_dz, scratch);
+  prepare_rows(problem, block, {g, problem.grad_output.row}, needs_dz, scratch);
   if (opens) {
     for (int64_t index = 0, begin = 0; begin < block.keys; ++index, begin += problem.tile_keys) {
       if (problem.lanes > 1 && lane_of(index, problem.lanes) != segment) continue;
@@ -792,6 +825,7 @@ void look_ahead(const AttentionForward<T>& problem, const Block& block, const Bl
     ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
     ahead.add(problem.narrow_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
     ahead.add(problem.value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+    ahead.add(problem.narrow_value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
   }
   ahead.add(problem.output, next.b, next.h, first, next.rows, problem.value_dim);
 }
@@ -804,6 +838,7 @@ void look_ahead(const AttentionBackward<T>& problem, const Block& block, const B
   ahead.add(problem.grad_output, next.b, next.h, first, next.rows, problem.value_dim);
   ahead.add(problem.narrow_grad_output, next.b, next.h, first, next.rows, problem.value_dim);
   ahead.add(problem.output, next.b, next.h, first, next.rows, problem.value_dim);
+  ahead.add(problem.narrow_output, next.b, next.h, first, next.rows, problem.value_dim);
   if (next.kv_head != block.kv_head || next.b != block.b) {
     const int64_t keys = std::min(next.keys, problem.tile_keys);
     ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
@@ -820,7 +855,7 @@ void look_ahead(const AttentionBackward<T>& problem, const Block& block, const B
 
 template <typename T>
 void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_t end, void* memory) {
-  const TileRegisters registers(bfloat16_staging(problem) > 0);
+  const TileRegisters registers(problem.bfloat16);
   for (int64_t task = begin; task < end; ++task) {
     Scratch<T> scratch(memory, problem);
     const Block block = forward_task(problem, task);
@@ -836,7 +871,7 @@ void attention_forward(const AttentionForward<T>& problem, int64_t begin, int64_
 
 template <typename T>
 void attention_backward(const AttentionBackward<T>& problem, int64_t begin, int64_t end, void* memory) {
-  const TileRegisters registers(bfloat16_staging(problem) > 0);
+  const TileRegisters registers(problem.bfloat16);
   Scratch<T> scratch(memory, problem);
   const int64_t group = problem.heads / problem.kv_heads;
   for (int64_t task = begin; task < end; ++task) {

@@ -40,9 +40,9 @@ struct AttentionProblem {
   int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
   const Sequence* sequences = nullptr;  // [batch] when packed; queries and keys are then the longest ones
   HeadView<const T> query, key, value;
-  /// The same where they are bfloat16 and CpuKernels::bfloat16 says that products take them as they are. In
-  /// the forward query and key, and in the backward value, are then not needed as T.
-  HeadView<const uint16_t> narrow_query, narrow_key, narrow_value, narrow_grad_output;
+  /// Inputs are bfloat16, which CpuKernels::bfloat16 allows: their views are these and not the ones above.
+  bool bfloat16 = false;
+  HeadView<const uint16_t> narrow_query, narrow_key, narrow_value;
   MaskView<T> mask;
   int64_t left = -1, right = -1;  // query i attends [i - left, i + right]; -1: no bound
   T scale = 1;
@@ -81,6 +81,7 @@ template <typename T>
 struct AttentionBackward : AttentionProblem<T> {
   HeadView<const T> grad_output;
   HeadView<const T> output;  // for delta = g . o; null data: delta from the decoded row (biased policies)
+  HeadView<const uint16_t> narrow_grad_output, narrow_output;  // instead where bfloat16
   HeadView<T> grad_query, grad_key, grad_value;  // null data where not needed; written, not read
   int64_t lanes = 1, phase = 0;
 
@@ -93,9 +94,12 @@ void choose_tiles(AttentionProblem<T>& problem);
 /// Tasks of the forward; fills sequences' first_task where packed.
 template <typename T>
 int64_t forward_tasks(const AttentionProblem<T>& problem, Sequence* sequences);
-/// Elements of scratch for bfloat16 rows on their way into a product.
+/// Elements of scratch for bfloat16 rows on their way into a product: of a tile or a block as they are, and
+/// widened. 0 where no input is bfloat16.
 template <typename T>
 int64_t bfloat16_staging(const AttentionProblem<T>& problem);
+template <typename T>
+int64_t bfloat16_widening(const AttentionProblem<T>& problem);
 /// Bytes of scratch one task runner needs. Independent of the number of keys, but for policies curve, which
 /// sorts whole rows, and sampled, which weighs every key.
 template <typename T>

@@ -1,7 +1,8 @@
 #pragma once
 
 // Products of bfloat16 inputs as they are, each term exact and added up in float: scores, and the gradient's
-// product with the values. The other products have P or its gradient as a factor and stay in float.
+// product with the values. The other products have P or its gradient as a factor, stay in float, and find
+// these inputs widened a tile or a block at a time.
 
 #include "kernels/cpu/attention_kernels.h"
 #include "kernels/cpu/vectors.h"
@@ -13,6 +14,18 @@ namespace {
 
 // A dimension's bfloat16 in whole tile registers.
 constexpr int64_t bfloat16_dims(int64_t dims) { return (dims + 31) / 32 * 32; }
+
+// Rows for products in the accumulation type.
+template <typename T>
+void widen_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t dims, T* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+    for (int64_t d = 0; d < dims; ++d) {
+      const uint32_t bits = static_cast<uint32_t>(from[r * stride + d]) << 16;
+      to[r * to_stride + d] = static_cast<T>(std::bit_cast<float>(bits));
+    }
+  }
+}
 
 // Rows side by side in whole tile registers, what is missing as 0.
 inline void stage_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t dims, int64_t padded_rows,

@@ -72,7 +72,7 @@ template int64_t forward_tasks(const AttentionProblem<double>&, Sequence*);
 
 template <typename T>
 int64_t bfloat16_staging(const AttentionProblem<T>& problem) {
-  if (problem.narrow_key.data == nullptr && problem.narrow_value.data == nullptr) return 0;
+  if (!problem.bfloat16) return 0;
   return std::max(problem.tile_keys, problem.block_rows) *
          round_up(std::max(problem.head_dim, problem.value_dim), 32);
 }
@@ -80,11 +80,21 @@ template int64_t bfloat16_staging(const AttentionProblem<float>&);
 template int64_t bfloat16_staging(const AttentionProblem<double>&);
 
 template <typename T>
+int64_t bfloat16_widening(const AttentionProblem<T>& problem) {
+  if (!problem.bfloat16) return 0;
+  const int64_t dims = round_up(problem.head_dim, kTileUnit),
+                value_dims = round_up(problem.value_dim, kTileUnit);
+  return problem.tile_keys * std::max(dims, value_dims) + problem.block_rows * (dims + value_dims);
+}
+template int64_t bfloat16_widening(const AttentionProblem<float>&);
+template int64_t bfloat16_widening(const AttentionProblem<double>&);
+
+template <typename T>
 int64_t attention_scratch_bytes(const AttentionProblem<T>& problem) {
   const int64_t dims = round_up(problem.head_dim, kTileUnit) + 2 * round_up(problem.value_dim, kTileUnit);
   const int64_t numbers = problem.block_rows * (2 * problem.tile_keys + dims + 8) + problem.tile_keys;
   int64_t bytes = numbers * static_cast<int64_t>(sizeof(T)) + problem.block_rows * problem.tile_keys + 128;
-  bytes += bfloat16_staging(problem) * 2;
+  bytes += bfloat16_staging(problem) * 2 + bfloat16_widening(problem) * static_cast<int64_t>(sizeof(T));
   if (problem.keep == Keep::sample) {
     const int64_t tiles = (problem.keys + problem.tile_keys - 1) / problem.tile_keys;
     const int64_t weights = round_up(problem.keys, kTileUnit) + 2 * tiles * problem.block_rows;
