@@ -243,6 +243,83 @@ def dropout_add_layer_norm(
     return (output, total) if need_sum else output
 
 
+def relu(input: Tensor) -> Tensor:
+    """max(input, 0).
+
+    Args:
+        input: any shape; float32, float64, bfloat16 or float16.
+
+    Returns:
+        input's shape and dtype. NaN stays NaN.
+
+    Saves for backward: one bit an element.
+
+    Raises:
+        RuntimeError: another dtype.
+    """
+    return _ops.relu(input)
+
+
+def leaky_relu(input: Tensor, slope: float = 0.01) -> Tensor:
+    """input where it is positive, else slope * input.
+
+    Args:
+        input: as in relu.
+        slope: of the negative side.
+
+    Returns:
+        input's shape and dtype.
+
+    Saves for backward: one bit an element.
+
+    Raises:
+        RuntimeError: another dtype.
+    """
+    return _ops.leaky_relu(input, slope)
+
+
+def gelu(input: Tensor, *, approximate: str = "none", policy: str = "exact") -> Tensor:
+    """input times the normal distribution's Phi(input).
+
+    The forward is exact under every policy.
+
+    Args:
+        input: as in relu.
+        approximate: "none", or "tanh" for Phi's tanh form.
+        policy: what is kept for the backward pass:
+            "exact": the input.
+            "fewbit:bits=4": 2, 3 or 4 bits an element, the interval that it lies in; the gradient takes the
+                interval's mean derivative, which is biased (docs/numerics.md has the error).
+
+    Returns:
+        input's shape and dtype.
+
+    Saves for backward: see policy. Under "fewbit" 64 neighbours of a NaN or Inf get a NaN gradient.
+
+    Raises:
+        RuntimeError: another dtype, an unknown policy, or a double backward.
+    """
+    return _ops.gelu(input, approximate, policy)
+
+
+def silu(input: Tensor, *, policy: str = "exact") -> Tensor:
+    """input times its sigmoid.
+
+    Args:
+        input: as in relu.
+        policy: as in gelu.
+
+    Returns:
+        input's shape and dtype.
+
+    Saves for backward: as gelu.
+
+    Raises:
+        RuntimeError: as gelu.
+    """
+    return _ops.silu(input, policy)
+
+
 _REDUCTIONS = {"mean": 1, "sum": 2}
 
 

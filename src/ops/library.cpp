@@ -132,4 +132,17 @@ TORCH_LIBRARY(remnant, m) {
       "Tensor? weight, Tensor? bias, Tensor? seed, float p, bool center, int[] hidden, bool[4] needs) -> "
       "(Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
       plain);
+  m.def("relu(Tensor input) -> Tensor", plain);
+  m.def("leaky_relu(Tensor input, float slope=0.01) -> Tensor", plain);
+  m.def("gelu(Tensor input, str approximate='none', str policy='exact') -> Tensor", plain);
+  m.def("silu(Tensor input, str policy='exact') -> Tensor", plain);
+  m.def(
+      "activation_forward(Tensor input, int kind, float slope, int bits, bool keep) -> (Tensor output, "
+      "Tensor "
+      "codes)",
+      plain);
+  m.def(
+      "activation_backward(Tensor grad_output, Tensor? input, Tensor codes, int kind, float slope, int bits) "
+      "-> Tensor",
+      plain);
 }

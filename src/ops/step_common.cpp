@@ -2,12 +2,25 @@
 
 #include <ATen/TensorSubclassLikeUtils.h>
 
+#include <string>
+
 namespace remnant::ops {
 
 void check_floating(const char* op, const char* name, const at::Tensor& x) {
   const auto type = x.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op,
               ": ", name, " must be float32, float64, bfloat16 or float16, got ", toString(type));
+}
+
+int64_t parse_bits(const char* op, c10::string_view policy, std::string_view name, at::IntArrayRef allowed) {
+  if (policy == "exact") return 0;
+  const std::string start = std::string(name) + ":bits=";
+  std::string forms = "'exact'";
+  for (int64_t bits : allowed) {
+    if (policy == start + std::to_string(bits)) return bits;
+    forms += ", '" + start + std::to_string(bits) + "'";
+  }
+  TORCH_CHECK(false, op, ": unknown policy '", policy, "'; expected one of ", forms);
 }
 
 kernels::Element element_of(at::ScalarType type) {

@@ -3,6 +3,7 @@
 #include "kernels/cpu/step_kernels.h"
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/string_view.h>
 
 #include <cstdint>
 #include <optional>
@@ -13,6 +14,9 @@ namespace remnant::ops {
 
 /// Throws unless `x` is float32, float64, bfloat16 or float16.
 void check_floating(const char* op, const char* name, const at::Tensor& x);
+
+/// Reads `exact` (0) or `NAME:bits=B` with B among `allowed`; throws one sentence for anything else.
+int64_t parse_bits(const char* op, c10::string_view policy, std::string_view name, at::IntArrayRef allowed);
 
 /// The kernels' name of a tensor's dtype.
 kernels::Element element_of(at::ScalarType type);

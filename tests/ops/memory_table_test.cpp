@@ -1,6 +1,7 @@
 // docs/memory.md, "What each op keeps": every row of the table is measured here.
 
 #include <remnant/memory.h>
+#include <remnant/ops/activation.h>
 #include <remnant/ops/attention.h>
 #include <remnant/ops/dropout.h>
 #include <remnant/ops/dropout_add.h>
@@ -8,6 +9,7 @@
 #include <remnant/ops/norm.h>
 #include <remnant/ops/softmax_approximation.h>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
@@ -133,6 +135,24 @@ TEST(MemoryTable, Norms) {
     EXPECT_EQ(beside_output(layer_norm(x, some, bias)), rows * wide * 3);
     const at::Tensor all = at::zeros({columns}, options).requires_grad_();
     EXPECT_EQ(memory::kept_bytes({layer_norm(x, all, bias)}), rows * wide * (1 + columns));
+  }
+}
+
+TEST(MemoryTable, Activations) {
+  for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    for (const int64_t size : {1, 8, 63, 64, 1000, 3300}) {
+      const at::Tensor x = at::randn({size}, at::TensorOptions().dtype(type)).requires_grad_();
+      const int64_t plane = (size + 7) / 8, marks = (size + 511) / 512;
+      EXPECT_EQ(memory::kept_bytes({remnant::relu(x)}), plane);
+      EXPECT_EQ(memory::kept_bytes({remnant::leaky_relu(x, 0.1)}), plane);
+      EXPECT_EQ(memory::kept_bytes({remnant::gelu(x, "none", "fewbit:bits=2")}), 2 * plane + marks);
+      EXPECT_EQ(memory::kept_bytes({remnant::gelu(x, "tanh", "fewbit:bits=3")}), 3 * plane + marks);
+      EXPECT_EQ(memory::kept_bytes({remnant::silu(x, "fewbit:bits=4")}), 4 * plane + marks);
+      const at::Tensor made = x * 2;
+      EXPECT_EQ(memory::kept_bytes({remnant::gelu(made)}),
+                size * static_cast<int64_t>(c10::elementSize(type)));
+      EXPECT_EQ(memory::kept_bytes({remnant::silu(made)}, {made}), 0);
+    }
   }
 }
 

@@ -176,6 +176,21 @@ def test_norms(requires_grad, dtype):
             opcheck(ops.norm_backward.default, (torch.randn_like(y), None, *rest))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_activations(requires_grad):
+    x = torch.randn(3, 43, requires_grad=requires_grad)
+    opcheck(ops.relu.default, (x,))
+    opcheck(ops.leaky_relu.default, (x, 0.2))
+    for policy in ("exact", "fewbit:bits=3"):
+        opcheck(ops.gelu.default, (x, "tanh", policy))
+        opcheck(ops.silu.default, (x, policy))
+    for kind, bits in ((0, 1), (1, 0), (2, 3)):
+        opcheck(ops.activation_forward.default, (x, kind, 0.1, bits, True))
+        _, codes = ops.activation_forward(x.detach(), kind, 0.1, bits, True)
+        kept = x.detach() if bits == 0 else None
+        opcheck(ops.activation_backward.default, (torch.randn(3, 43), kept, codes, kind, 0.1, bits))
+
+
 # --- torch.compile ---------------------------------------------------------------------------------
 
 
@@ -256,6 +271,13 @@ def test_compiled_norms():
         lambda x, r, w, b: remnant.dropout_add_layer_norm(x * 2, r, 0.3, w, b), x, residual, weight, bias
     )
     compare_compiled(lambda x, r: remnant.dropout_add(x * 2, r, 0.3), x, residual, dynamic=True)
+
+
+def test_compiled_activations():
+    x = torch.randn(3, 43, requires_grad=True)
+    for function in (remnant.relu, remnant.leaky_relu, remnant.gelu, remnant.silu):
+        compare_compiled(lambda x, f=function: f(x * 2), x, dynamic=True)
+    compare_compiled(lambda x: remnant.gelu(x * 2, policy="fewbit:bits=3"), x, dynamic=True)
 
 
 @pytest.mark.parametrize("policy", ["recompute", "sampled:m=6", "top:m=6"])

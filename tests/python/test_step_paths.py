@@ -54,7 +54,15 @@ def dropout_case(dtype, columns):
     )
 
 
-CASES = [norm_case, rms_case, dropout_case]
+def activation_case(dtype, columns):
+    # On no interval's edge, where the last bit decides.
+    x = leaf(150, columns, dtype=dtype)
+    y = [remnant.relu(x), remnant.leaky_relu(x, 0.3), remnant.gelu(x), remnant.silu(x), remnant.gelu(x, approximate="tanh")]
+    y += [remnant.silu(x, policy=f"fewbit:bits={bits}") for bits in (2, 3, 4)]
+    return differentiate(tuple(y), [x])
+
+
+CASES = [norm_case, rms_case, dropout_case, activation_case]
 COLUMNS = [1, 7, 64, 100]
 
 

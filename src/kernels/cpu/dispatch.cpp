@@ -112,26 +112,27 @@ template int64_t attention_scratch_bytes(const AttentionProblem<double>&);
 
 namespace {
 
-#define REMNANT_KERNEL_TABLE(variant, bfloat16)                         \
-  constexpr CpuKernels k_##variant{#variant,                            \
-                                   bfloat16,                            \
-                                   variant::attention_forward<float>,   \
-                                   variant::attention_forward<double>,  \
-                                   variant::attention_backward<float>,  \
-                                   variant::attention_backward<double>, \
-                                   variant::curve_encode<float>,        \
-                                   variant::curve_encode<double>,       \
-                                   variant::curve_decode<float>,        \
-                                   variant::curve_decode<double>,       \
-                                   variant::dropout_bits,               \
-                                   variant::cross_entropy<float>,       \
-                                   variant::cross_entropy<double>,      \
-                                   variant::hidden_forward<float>,      \
-                                   variant::hidden_forward<double>,     \
-                                   variant::hidden_backward<float>,     \
-                                   variant::hidden_backward<double>};   \
-  constexpr StepKernels k_step_##variant {                              \
-    variant::norm_forward, variant::norm_backward, variant::dropout_add \
+#define REMNANT_KERNEL_TABLE(variant, bfloat16)                                                       \
+  constexpr CpuKernels k_##variant{#variant,                                                          \
+                                   bfloat16,                                                          \
+                                   variant::attention_forward<float>,                                 \
+                                   variant::attention_forward<double>,                                \
+                                   variant::attention_backward<float>,                                \
+                                   variant::attention_backward<double>,                               \
+                                   variant::curve_encode<float>,                                      \
+                                   variant::curve_encode<double>,                                     \
+                                   variant::curve_decode<float>,                                      \
+                                   variant::curve_decode<double>,                                     \
+                                   variant::dropout_bits,                                             \
+                                   variant::cross_entropy<float>,                                     \
+                                   variant::cross_entropy<double>,                                    \
+                                   variant::hidden_forward<float>,                                    \
+                                   variant::hidden_forward<double>,                                   \
+                                   variant::hidden_backward<float>,                                   \
+                                   variant::hidden_backward<double>};                                 \
+  constexpr StepKernels k_step_##variant {                                                            \
+    variant::norm_forward, variant::norm_backward, variant::dropout_add, variant::activation_forward, \
+        variant::activation_backward, variant::encode, variant::decode                                \
   }
 
 REMNANT_KERNEL_TABLE(portable, false);

@@ -164,6 +164,47 @@ REMNANT_ALWAYS_INLINE void dispatch(Element element, F&& f) {
   }
 }
 
+// --- one bit a lane ----------------------------------------------------------------------------------
+
+// Bit l: whether lane l is set (all its bits, or none).
+template <typename T>
+REMNANT_ALWAYS_INLINE uint64_t bits_of(Bits<T> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_movepi32_mask((__m512i)mask);
+  else
+    return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+  else
+    return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+  else
+    return static_cast<uint32_t>(_mm_movemask_pd((__m128d)mask));
+#else
+  uint64_t bits = 0;
+  for (int l = 0; l < kWidth<T>; ++l) bits |= (mask[l] != 0 ? uint64_t{1} : uint64_t{0}) << l;
+  return bits;
+#endif
+}
+// Lane l set where bit l is.
+template <typename T>
+REMNANT_ALWAYS_INLINE Bits<T> lanes_of(uint64_t bits) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Bits<T>)_mm512_movm_epi32(static_cast<__mmask16>(bits));
+  else
+    return (Bits<T>)_mm512_movm_epi64(static_cast<__mmask8>(bits));
+#else
+  using Lane = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  const UnsignedBits<T> own = (UnsignedBits<T>{} + Lane{1}) << lane_numbers<UnsignedBits<T>>();
+  return ((UnsignedBits<T>{} + static_cast<Lane>(bits)) & own) != UnsignedBits<T>{};
+#endif
+}
+
 // --- random bits of a flat tensor --------------------------------------------------------------------
 
 template <typename V, size_t... I>

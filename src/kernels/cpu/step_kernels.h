@@ -75,6 +75,56 @@ struct DropoutAdd {
   Seed seed;
 };
 
+/// What an activation computes; leaky: x where x > 0 or NaN, else slope x.
+enum class ActivationKind { leaky, gelu, gelu_tanh, silu };
+
+/// Few-bit codes of a flat tensor: element e has bit i in plane i of its group of 64 elements. A group's
+/// planes follow each other, 8 bytes each, ceil(r / 8) where the last group has only r elements. Behind the
+/// last group come marks, one bit a group, 8 groups a byte: whether it holds NaN or Inf. leaky: one plane
+/// that says which elements pass, no marks.
+constexpr int64_t kCodeGroup = 64;
+/// Elements of a byte of marks; ranges of work begin at multiples of it.
+constexpr int64_t kMarkedElements = 8 * kCodeGroup;
+constexpr int64_t plane_bytes(int64_t size, int64_t bits) { return (size + 7) / 8 * bits; }
+constexpr int64_t mark_bytes(int64_t size) { return (size + kMarkedElements - 1) / kMarkedElements; }
+
+struct Activation {
+  Element element = Element::f32;
+  ActivationKind kind = ActivationKind::leaky;
+  int64_t size = 0;
+  double slope = 0;
+  const void* x = nullptr;     // null in a backward from codes
+  void* y = nullptr;           // forward
+  const void* grad = nullptr;  // backward
+  void* grad_x = nullptr;
+  uint8_t* codes = nullptr;  // null: none
+  uint8_t* marks = nullptr;
+  int64_t bits = 0;                // 0: backward from x
+  const double* bounds = nullptr;  // 2^bits - 1, ascending: code is how many of them x exceeds
+  const double* levels = nullptr;  // 2^bits: what stands for the derivative
+};
+
+/// A flat tensor at 8, 4 or 2 bits in groups of kCodeGroup elements, the last of any size. A group has a
+/// minimum and a step, rounded outwards to bfloat16, table[group][2]; an element is minimum + code * step. Of
+/// a group of r elements element e lies in byte e mod ceil(r bits / 8), at bit e / ceil(r bits / 8) * bits: a
+/// byte holds neighbours half (a quarter) of a group apart, which suits vectors. A group with NaN, Inf or a
+/// range beyond float has step NaN.
+constexpr int64_t code_bytes(int64_t size, int64_t bits) { return (size * bits + 7) / 8; }
+constexpr int64_t code_groups(int64_t size) { return (size + kCodeGroup - 1) / kCodeGroup; }
+// What rounding adds is (r + 0.5) / 65536, r the 16 bits of a flat tensor's element in the rounding stream.
+
+struct LowBits {
+  Element element = Element::f32;
+  int64_t size = 0;
+  int64_t bits = 8;
+  const void* x = nullptr;  // encode
+  void* y = nullptr;        // decode: element `first` and on
+  int64_t first = 0;
+  uint8_t* codes = nullptr;
+  uint16_t* table = nullptr;
+  Seed seed;
+};
+
 struct CpuKernels;
 struct StepKernels {
   /// Rows [begin, end).
@@ -82,6 +132,12 @@ struct StepKernels {
   void (*norm_backward)(const NormBackward&, int64_t begin, int64_t end, void* scratch);
   /// Elements [begin, end).
   void (*dropout_add)(const DropoutAdd&, int64_t begin, int64_t end);
+  /// Elements [begin, end) of a tensor of `size`; both multiples of kMarkedElements, or the tensor's end.
+  void (*activation_forward)(const Activation&, int64_t begin, int64_t end);
+  void (*activation_backward)(const Activation&, int64_t begin, int64_t end);
+  /// Elements [begin, end); both multiples of kCodeGroup, or the tensor's end.
+  void (*encode)(const LowBits&, int64_t begin, int64_t end);
+  void (*decode)(const LowBits&, int64_t begin, int64_t end);
 };
 
 /// Of the instruction set of `chosen`.

@@ -25,6 +25,10 @@
   void norm_forward(const NormForward& problem, int64_t begin, int64_t end, void* scratch);                \
   void norm_backward(const NormBackward& problem, int64_t begin, int64_t end, void* scratch);              \
   void dropout_add(const DropoutAdd& problem, int64_t begin, int64_t end);                                 \
+  void activation_forward(const Activation& problem, int64_t begin, int64_t end);                          \
+  void activation_backward(const Activation& problem, int64_t begin, int64_t end);                         \
+  void encode(const LowBits& problem, int64_t begin, int64_t end);                                         \
+  void decode(const LowBits& problem, int64_t begin, int64_t end);                                         \
   }
 
 REMNANT_DECLARE_KERNELS(portable)

@@ -1,0 +1,195 @@
+// Low-bit storage by stochastic rounding, unbiased: E[decode(encode(x))] = x. Memory's speed is the aim, so a
+// group's codes are laid out such that packing is an OR of vectors.
+
+#include "kernels/cpu/elements.h"
+#include "kernels/cpu/variants.h"
+
+#include <bit>
+#include <cmath>
+
+namespace remnant::kernels::REMNANT_VARIANT {
+namespace {
+
+constexpr uint16_t kNan = 0x7fc0;
+// Steps below it would have no finite inverse.
+constexpr float kLeastStep = 0x1p-120f;
+
+REMNANT_ALWAYS_INLINE float widen_bfloat16(uint16_t bits) {
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
+// The nearest bfloat16 that is no greater (kUp: no less).
+template <bool kUp, typename T>
+REMNANT_ALWAYS_INLINE uint16_t narrow_outwards(T x) {
+  auto f = static_cast<float>(x);
+  if (kUp ? static_cast<T>(f) < x : static_cast<T>(f) > x) {
+    f = std::nextafter(
+        f, kUp ? std::numeric_limits<float>::infinity() : -std::numeric_limits<float>::infinity());
+  }
+  const auto bits = std::bit_cast<uint32_t>(f);
+  const bool away = ((bits >> 31) != 0) != kUp && (bits & 0xffffu) != 0;  // truncation goes towards 0
+  return static_cast<uint16_t>((bits >> 16) + (away ? 1 : 0));
+}
+
+template <typename T>
+struct BytesOf {
+  typedef uint8_t Type __attribute__((vector_size(kWidth<T>)));
+  typedef uint8_t Loose __attribute__((vector_size(kWidth<T>), aligned(1), may_alias));
+};
+
+template <typename T>
+REMNANT_ALWAYS_INLINE T highest_lane(Vector<T> v) {
+  T best = v[0];
+  for (int l = 1; l < kWidth<T>; ++l) best = v[l] > best ? v[l] : best;
+  return best;
+}
+
+// Codes of a group, one a byte, to bits and back; kWhole: size is kCodeGroup.
+template <bool kWhole, int kBits>
+REMNANT_ALWAYS_INLINE void pack(const uint8_t* codes, int64_t size, uint8_t* out) {
+  const int64_t stride = kWhole ? kCodeGroup * kBits / 8 : (size * kBits + 7) / 8;
+  for (int64_t k = 0; k < stride; ++k) {
+    uint32_t byte = codes[k];
+    for (int part = 1; part < 8 / kBits; ++part) {
+      byte |= static_cast<uint32_t>(codes[k + part * stride]) << (part * kBits);
+    }
+    out[k] = static_cast<uint8_t>(byte);
+  }
+}
+template <bool kWhole, int kBits>
+REMNANT_ALWAYS_INLINE void unpack(const uint8_t* in, int64_t size, uint8_t* codes) {
+  const int64_t stride = kWhole ? kCodeGroup * kBits / 8 : (size * kBits + 7) / 8;
+  for (int part = 0; part < 8 / kBits; ++part) {
+    for (int64_t k = 0; k < stride; ++k) {
+      codes[k + part * stride] = static_cast<uint8_t>((in[k] >> (part * kBits)) & ((1 << kBits) - 1));
+    }
+  }
+}
+
+template <bool kWhole, int kBits, typename S>
+REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t* random, uint8_t* out,
+                                        uint16_t* table) {
+  using A = Wide<S>;
+  using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  constexpr A levels = (1 << kBits) - 1;
+  const int64_t count = kWhole ? kCodeGroup : size;
+  Vector<A> highest = broadcast(-std::numeric_limits<A>::infinity()), lowest = highest;  // of x and of -x
+  Bits<A> wrong{};
+  each_vector<A>(count, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+    Vector<A> v = load_count(x + j, lanes);
+    if constexpr (std::is_same_v<decltype(lanes), int64_t>) {
+      v = first_lanes<A>(lanes) ? v : broadcast(static_cast<A>(v[0]));
+    }
+    highest = v > highest ? v : highest;
+    lowest = -v > lowest ? -v : lowest;
+    wrong |= ~((v < A(0) ? -v : v) <= std::numeric_limits<A>::max());
+  });
+  uint16_t minimum = 0, step = kNan;
+  A low = 0, inverse = 0;
+  if (bits_of<A>(wrong) == 0) {
+    minimum = narrow_outwards<false>(-highest_lane<A>(lowest));
+    low = widen_bfloat16(minimum);
+    const A range = highest_lane<A>(highest) - low;
+    if (range <= static_cast<A>(std::numeric_limits<float>::max())) {
+      A exact = range / levels;
+      exact = exact > 0 && exact < A(kLeastStep) ? A(kLeastStep) : exact;
+      step = narrow_outwards<true>(exact);
+      inverse = step == 0 ? A(0) : A(1) / widen_bfloat16(step);
+    } else {
+      low = 0;
+    }
+  }
+  table[0] = minimum;
+  table[1] = step;
+  // A byte's parts beyond a short group are 0.
+  alignas(64) uint8_t codes[kWhole ? kCodeGroup : 2 * kCodeGroup + 8];
+  if constexpr (!kWhole) std::memset(codes, 0, sizeof(codes));
+  if (inverse == 0) {
+    std::memset(codes, 0, static_cast<size_t>(count));
+  } else {
+    each_vector<A>(count, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+      const Vector<A> u =
+          __builtin_convertvector((Bits<A>)widen<A>(load_shorts<A>(random + j)), Vector<A>) * A(0x1p-16) +
+          A(0x1p-17);
+      const Vector<A> level = (load_count(x + j, lanes) - low) * inverse + u;
+      const Bits<A> code = __builtin_convertvector(level < levels ? level : broadcast(levels), Bits<A>);
+      const auto bytes = __builtin_convertvector(code & static_cast<Lane>(255), typename BytesOf<A>::Type);
+      if constexpr (std::is_same_v<decltype(lanes), int64_t>) {
+        for (int64_t l = 0; l < lanes; ++l) codes[j + l] = bytes[l];
+      } else {
+        *reinterpret_cast<typename BytesOf<A>::Loose*>(codes + j) = bytes;
+      }
+    });
+  }
+  pack<kWhole, kBits>(codes, count, out);
+}
+
+template <bool kWhole, int kBits, typename S>
+REMNANT_ALWAYS_INLINE void decode_group(const uint8_t* in, const uint16_t* table, int64_t size, S* y) {
+  using A = Wide<S>;
+  const A low = widen_bfloat16(table[0]), step = widen_bfloat16(table[1]);
+  alignas(64) uint8_t codes[kWhole ? kCodeGroup : 2 * kCodeGroup + 8];
+  unpack<kWhole, kBits>(in, size, codes);
+  each_vector<A>(kWhole ? kCodeGroup : size, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+    const auto bytes = *reinterpret_cast<const typename BytesOf<A>::Loose*>(codes + j);
+    const Bits<A> code = __builtin_convertvector((typename BytesOf<A>::Type)bytes, Bits<A>);
+    store_count(y + j, __builtin_convertvector(code, Vector<A>) * step + low, lanes);
+  });
+}
+
+template <int kBits, typename S>
+void encode_elements(const LowBits& p, int64_t begin, int64_t end) {
+  constexpr int64_t piece = 8 * kCodeGroup;
+  uint16_t random[piece + kRandomSlack];
+  const auto* const x = static_cast<const S*>(p.x);
+  for (int64_t first = begin; first < end; first += piece) {
+    const int64_t last = std::min(first + piece, end);
+    // Whole vectors are read of a short group's bits.
+    const uint16_t* const bits = random_flat(p.seed, Stream::rounding, first, last - first, random);
+    for (int64_t e = first; e < last; e += kCodeGroup) {
+      uint8_t* const out = p.codes + e * kBits / 8;
+      uint16_t* const table = p.table + e / kCodeGroup * 2;
+      if (last - e >= kCodeGroup) {
+        encode_group<true, kBits>(x + e, kCodeGroup, bits + (e - first), out, table);
+      } else {
+        encode_group<false, kBits>(x + e, last - e, bits + (e - first), out, table);
+      }
+    }
+  }
+}
+
+template <int kBits, typename S>
+void decode_elements(const LowBits& p, int64_t begin, int64_t end) {
+  auto* const y = static_cast<S*>(p.y);
+  for (int64_t e = begin; e < end; e += kCodeGroup) {
+    const uint8_t* const in = p.codes + e * kBits / 8;
+    const uint16_t* const table = p.table + e / kCodeGroup * 2;
+    if (end - e >= kCodeGroup) {
+      decode_group<true, kBits>(in, table, kCodeGroup, y + (e - p.first));
+    } else {
+      decode_group<false, kBits>(in, table, end - e, y + (e - p.first));
+    }
+  }
+}
+
+template <typename F>
+REMNANT_ALWAYS_INLINE void dispatch_bits(int64_t bits, F&& f) {
+  if (bits == 8) return f(std::integral_constant<int, 8>{});
+  if (bits == 4) return f(std::integral_constant<int, 4>{});
+  f(std::integral_constant<int, 2>{});
+}
+
+}  // namespace
+
+void encode(const LowBits& p, int64_t begin, int64_t end) {
+  dispatch_bits(p.bits, [&](auto bits) {
+    dispatch(p.element, [&](auto element) { encode_elements<bits(), decltype(element)>(p, begin, end); });
+  });
+}
+
+void decode(const LowBits& p, int64_t begin, int64_t end) {
+  dispatch_bits(p.bits, [&](auto bits) {
+    dispatch(p.element, [&](auto element) { decode_elements<bits(), decltype(element)>(p, begin, end); });
+  });
+}
+
+}  // namespace remnant::kernels::REMNANT_VARIANT
