@@ -29,7 +29,7 @@ namespace {
 
 using Forward = std::tuple<at::Tensor, at::Tensor>;
 using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using kernels::Activation;
+using Activation = kernels::HiddenActivation;
 
 Activation parse_activation(std::string_view name) {
   if (name == "relu") return Activation::relu;

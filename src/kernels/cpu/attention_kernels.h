@@ -136,14 +136,14 @@ struct CrossEntropyRows {
   T* losses = nullptr;    // one a row, 0 where ignored
 };
 
-enum class Activation : uint8_t { relu, gelu };  // gelu: by the normal distribution's own function
+enum class HiddenActivation : uint8_t { relu, gelu };  // gelu: by the normal distribution's own function
 
 /// Rows of a feed-forward block's hidden layer, contiguous. Element (i, j) is dropped by column j of row
 /// first_row + i of head 0, as an attention matrix's would be.
 template <typename T>
 struct HiddenRows {
   int64_t columns = 0, first_row = 0;
-  Activation activation = Activation::relu;
+  HiddenActivation activation = HiddenActivation::relu;
   const T* bias = nullptr;  // null: none
   Seed seed;
   int64_t threshold = 0;  // of dropout; 0: none

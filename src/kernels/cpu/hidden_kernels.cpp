@@ -37,9 +37,9 @@ REMNANT_ALWAYS_INLINE Vector<double> normal_cdf(Vector<double> x) {
 }
 
 template <typename T>
-REMNANT_ALWAYS_INLINE Vector<T> activate(Vector<T> x, Activation activation) {
+REMNANT_ALWAYS_INLINE Vector<T> activate(Vector<T> x, HiddenActivation activation) {
   // NaN passes, as the comparison is false for it.
-  if (activation == Activation::relu) return x < T(0) ? Vector<T>{} : x;
+  if (activation == HiddenActivation::relu) return x < T(0) ? Vector<T>{} : x;
   return x * normal_cdf(x);
 }
 
@@ -109,8 +109,8 @@ void hidden_backward(const HiddenRows<T>& rows, int64_t begin, int64_t end) {
       const Vector<T> x = (whole ? load(hidden + j) : load_part(hidden + j, count)) + bias;
       const Vector<T> g = whole ? load(grad + j) : load_part(grad + j, count);
       Vector<T> y, dx;
-      if (rows.activation == Activation::relu) {
-        y = activate<T>(x, Activation::relu) * factor;
+      if (rows.activation == HiddenActivation::relu) {
+        y = activate<T>(x, HiddenActivation::relu) * factor;
         dx = x <= T(0) ? Vector<T>{} : g * factor;
       } else {
         const Vector<T> cdf = normal_cdf(x);
