@@ -6,42 +6,20 @@ import math
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
+from programs import TIMEOUT, Program, checkpoint_bytes, losses, metrics, steps
+
 TINY = ["--hidden", "32", "--layers", "1", "--heads", "2", "--feed-forward", "64", "--batch-size", "32",
         "--threads", "1"]
 CAPTIONS = ["--data", "captions", "--pairs", "400", *TINY]
-TIMEOUT = 300
-
-
-class Translate:
-    def __init__(self, program):
-        self.program = str(program)
-
-    def command(self, *arguments):
-        return [self.program, "translate", *map(str, arguments)]
-
-    def __call__(self, *arguments, text="", code=0):
-        result = subprocess.run(self.command(*arguments), input=text, capture_output=True, text=True,
-                                encoding="utf-8", timeout=TIMEOUT)
-        assert result.returncode == code, result.stderr + result.stdout
-        return result
-
-    def fails(self, *arguments, code=1, text=""):
-        """The one sentence of a command that should fail."""
-        result = self(*arguments, code=code, text=text)
-        lines = [line for line in result.stderr.splitlines() if line.startswith("remnant: ")]
-        assert len(lines) == 1, result.stderr
-        assert "Exception raised" not in result.stderr
-        return lines[0].removeprefix("remnant: ")
 
 
 @pytest.fixture(scope="session")
 def translate(program):
-    return Translate(program)
+    return Program(program, "translate")
 
 
 @pytest.fixture(scope="session")
@@ -50,22 +28,6 @@ def trained(translate, tmp_path_factory):
     run = tmp_path_factory.mktemp("trained") / "run"
     result = translate("train", *CAPTIONS, "--epochs", 4, "--lr", "0.005", "--out", run)
     return run, result
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(run):
-    return [line for line in metrics(run) if "loss" in line]
-
-
-def losses(run):
-    return [line["loss"] for line in steps(run)]
-
-
-def checkpoint_bytes(run):
-    return {file.name: file.read_bytes() for file in sorted((run / "checkpoint").iterdir())}
 
 
 def write_corpus(folder, pairs=60):
@@ -281,19 +243,7 @@ def test_accumulated_run_resumes_too(translate, tmp_path):
 def test_a_signal_saves_and_resume_goes_on(translate, tmp_path, number, code):
     arguments = [*CAPTIONS, "--epochs", 6]
     run = tmp_path / "parts"
-    # Not all ways of starting tests leave SIGINT at its default.
-    process = subprocess.Popen(translate.command("train", *arguments, "--out", run), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
-    try:
-        deadline = time.monotonic() + 60
-        while not (run / "metrics.jsonl").exists() or len(steps(run)) < 3:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    process, errors = translate.interrupted(number, run, *arguments)
     assert process.returncode == code, errors
     assert "interrupted: saved step" in errors
     done = len(losses(run))

@@ -126,7 +126,7 @@ void add_command(CLI::App& program, std::function<int()>& action) {
       classify->add_subcommand("evaluate", "Accuracy and confusion matrix of a trained model");
   add_run_flags(*evaluate_command, fields->evaluate);
   add_batch_flag(*evaluate_command, fields->evaluate, "texts a batch");
-  add_split_flags(*evaluate_command, fields->evaluate, "another folder or file than the run's");
+  add_split_flags(*evaluate_command, fields->evaluate, "another folder than the run's, or a file, all of it");
   evaluate_command->callback(
       [fields, &action] { action = [fields] { return evaluate_run(fields->evaluate); }; });
 

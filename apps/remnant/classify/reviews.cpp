@@ -52,7 +52,7 @@ class Writer {
   explicit Writer(std::mt19937_64& random) : random_(random) {}
 
   std::string review(bool positive) {
-    const uint64_t opinions = 1 + below(3), length = 10 + below(11);
+    const uint64_t opinions = 2 + below(3), length = 5 + below(6);
     std::vector<bool> is_opinion(length, false);
     for (uint64_t i = 0; i < opinions; ++i) is_opinion[below(length)] = true;
     std::string text;
@@ -72,7 +72,17 @@ class Writer {
   std::string opinion(bool positive) {
     const std::string said = one_of(positive ? kGood : kBad), opposite = one_of(positive ? kBad : kGood);
     const std::string aspect = one_of(kAspects);
-    switch (below(9)) {
+    if (below(4) == 0) {
+      switch (below(3)) {
+        case 0:
+          return aspect + " is not " + opposite + " at all.";
+        case 1:
+          return "nobody would call " + aspect + " " + opposite + ".";
+        default:
+          return "I do not think that " + aspect + " is " + opposite + ".";
+      }
+    }
+    switch (below(6)) {
       case 0:
         return aspect + " is " + said + ".";
       case 1:
@@ -83,14 +93,8 @@ class Writer {
         return "most of all " + aspect + " is " + said + ".";
       case 4:
         return "friends had told me that " + aspect + " was " + opposite + ", but it is " + said + ".";
-      case 5:
-        return "I must say that " + aspect + " is really " + said + ".";
-      case 6:
-        return aspect + " is not " + opposite + " at all.";
-      case 7:
-        return "nobody would call " + aspect + " " + opposite + ".";
       default:
-        return "I do not think that " + aspect + " is " + opposite + ".";
+        return "I must say that " + aspect + " is really " + said + ".";
     }
   }
 

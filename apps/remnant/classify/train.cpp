@@ -262,6 +262,7 @@ LabelledTexts load_split(const TrainedModel& trained, const std::string& data, c
   if (split != "train" && split != "val" && split != "test") {
     throw UsageError("--split should be train, val or test, got '" + split + "'");
   }
+  if (!data.empty() && !fs::is_directory(data)) return read_labelled(data);
   DataSource from = data_source(trained.options);
   if (!data.empty()) from.data = data;
   Corpus corpus = load_corpus(from);

@@ -22,6 +22,7 @@ struct TrainOptions : TrainingOptions {
     heads = 4;
     feed_forward = 512;
     batch_size = 32;
+    learning_rate = 1e-3;
   }
   std::string language = "en";
   int64_t texts = 4000, min_frequency = 2, max_words = 20000, max_length = 512;
@@ -73,8 +74,8 @@ struct TrainedModel {
 
 TrainedModel load_model(const std::filesystem::path& run);
 
-/// "train", "val" or "test" of the run's data, or of others in the same form. Throws UsageError on any other
-/// name.
+/// "train", "val" or "test" of the run's data or of another folder, or all of a file. Throws UsageError on
+/// any other name.
 LabelledTexts load_split(const TrainedModel& trained, const std::string& data, const std::string& split);
 /// Texts ready for the model; without their labels where `with_labels` is not set.
 Examples encode_for(const TrainedModel& trained, const LabelledTexts& texts, bool with_labels);

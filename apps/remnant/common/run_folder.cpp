@@ -54,15 +54,6 @@ class SwapLock {
   File directory_;  // closing it releases the lock
 };
 
-std::string read_file(const fs::path& path) {
-  const File file(path, O_RDONLY);
-  const struct stat status = file.status();
-  if (!S_ISREG(status.st_mode)) throw Error(path.string() + " is not a regular file");
-  std::string content(static_cast<size_t>(status.st_size), '\0');
-  content.resize(file.read_at(0, content.data(), content.size()));
-  return content;
-}
-
 std::string dump(const nlohmann::ordered_json& value, int indent, const fs::path& path) {
   try {
     return value.dump(indent) + "\n";
@@ -72,6 +63,15 @@ std::string dump(const nlohmann::ordered_json& value, int indent, const fs::path
 }
 
 }  // namespace
+
+std::string read_file(const fs::path& path) {
+  const File file(path, O_RDONLY);
+  const struct stat status = file.status();
+  if (!S_ISREG(status.st_mode)) throw Error(path.string() + " is not a regular file");
+  std::string content(static_cast<size_t>(status.st_size), '\0');
+  content.resize(file.read_at(0, content.data(), content.size()));
+  return content;
+}
 
 void write_file_atomically(const fs::path& file, const std::function<void(const ByteSink&)>& write) {
   // Unique in the process too: two threads may write the same file.

@@ -23,6 +23,9 @@ using ByteSink = std::function<void(const void* data, size_t size)>;
 void write_file_atomically(const std::filesystem::path& file,
                            const std::function<void(const ByteSink&)>& write);
 
+/// The bytes of a regular file. Throws Error.
+std::string read_file(const std::filesystem::path& file);
+
 /// Tensors in the safetensors layout (8-byte little-endian header length, JSON header, data), written
 /// atomically. Header by name; data by element size, then name, so that every tensor is aligned.
 /// `metadata` goes to "__metadata__". Dtypes: F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL.

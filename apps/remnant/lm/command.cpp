@@ -39,10 +39,11 @@ int evaluate_run(const EvaluateOptions& use) {
                      std::to_string(trained.options.context) + " positions");
   }
   const int64_t context = use.context > 0 ? use.context : trained.options.context;
-  const TokenText text = load_split(trained, use.data, use.split);
+  const TokenText text = use.data.empty() ? load_split(trained, use.split)
+                                          : tokenize_text(load_text({use.data}), *trained.tokenizer);
   const TextScores scores = evaluate(*trained.model, text, context, use.batch_size);
-  std::cout << use.split << "  " << scores.bytes << " bytes, " << scores.characters << " characters, context "
-            << context << "\n"
+  std::cout << (use.data.empty() ? use.split : use.data) << "  " << scores.bytes << " bytes, "
+            << scores.characters << " characters, context " << context << "\n"
             << "bits per character " << format_fixed(scores.bits_per_character(), 4) << "\n"
             << "bits per byte " << format_fixed(scores.bits_per_byte(), 4) << "\n"
             << "perplexity " << format_fixed(scores.perplexity(), 3) << " a " << trained.tokenizer->name()
@@ -123,7 +124,8 @@ void add_command(CLI::App& program, std::function<int()>& action) {
   CLI::App* evaluate_command = lm->add_subcommand("evaluate", "Bits per character of a trained model");
   add_run_flags(*evaluate_command, fields->evaluate);
   add_batch_flag(*evaluate_command, fields->evaluate, "sequences a batch");
-  add_split_flags(*evaluate_command, fields->evaluate, "another file than the run's");
+  add_split_flags(*evaluate_command, fields->evaluate, "another file than the run's, all of it");
+  evaluate_command->get_option("--data")->excludes(evaluate_command->get_option("--split"));
   evaluate_command
       ->add_option("--context", fields->evaluate.context, "tokens seen at once, 0: as many as in training")
       ->capture_default_str();

@@ -66,9 +66,13 @@ TextParts split_text(std::string_view text) {
   return {text.substr(0, first), text.substr(first, second - first), text.substr(second)};
 }
 
+TokenText tokenize_text(std::string_view text, const Tokenizer& tokenizer) {
+  return tokenize_part(text, tokenizer.encode("\n").back(), tokenizer);
+}
+
 Splits tokenize_parts(const TextParts& parts, const Tokenizer& tokenizer) {
   Splits splits;
-  splits.train = tokenize_part(parts.train, tokenizer.encode("\n").back(), tokenizer);
+  splits.train = tokenize_text(parts.train, tokenizer);
   splits.validation = tokenize_part(parts.validation, splits.train.tokens.back(), tokenizer);
   splits.test = tokenize_part(parts.test, splits.validation.tokens.back(), tokenizer);
   return splits;

@@ -41,6 +41,9 @@ struct TokenText {
   int64_t predicted() const { return static_cast<int64_t>(tokens.size()) - 1; }
 };
 
+/// A whole text.
+TokenText tokenize_text(std::string_view text, const Tokenizer& tokenizer);
+
 struct Splits {
   TokenText train, validation, test;
 };

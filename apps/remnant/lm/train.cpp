@@ -213,14 +213,12 @@ TrainedModel load_model(const fs::path& path) {
   return trained;
 }
 
-TokenText load_split(const TrainedModel& trained, const std::string& data, const std::string& split) {
-  Splits none;
-  part(none, split);  // a wrong name is known before the text is read
-  TextSource from = text_source(trained.options);
-  if (!data.empty()) from.data = data;
-  const std::string text = load_text(from);
-  Splits splits = tokenize_parts(split_text(text), *trained.tokenizer);
-  return std::move(part(splits, split));
+TokenText load_split(const TrainedModel& trained, const std::string& split) {
+  Splits splits;
+  TokenText& chosen = part(splits, split);  // a wrong name is known before the text is read
+  const std::string text = load_text(text_source(trained.options));
+  splits = tokenize_parts(split_text(text), *trained.tokenizer);
+  return std::move(chosen);
 }
 
 ordered_json train(const TrainOptions& options) {

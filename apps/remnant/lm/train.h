@@ -62,8 +62,8 @@ struct TrainedModel {
 
 TrainedModel load_model(const std::filesystem::path& run);
 
-/// "train", "val" or "test" of the run's text, or of another file. Throws UsageError on any other name.
-TokenText load_split(const TrainedModel& trained, const std::string& data, const std::string& split);
+/// "train", "val" or "test" of the run's text. Throws UsageError on any other name.
+TokenText load_split(const TrainedModel& trained, const std::string& split);
 
 /// Trains, or goes on with, the run in options.out, then tests its best model; returns summary.json.
 nlohmann::ordered_json train(const TrainOptions& options);
