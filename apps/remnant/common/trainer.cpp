@@ -277,8 +277,12 @@ class Trainer {
     run_.write_json("memory.json", json);
     if (!options_.quiet) {
       std::cerr << "a batch of " << probe.text << " keeps " << format_bytes(report.kept_bytes)
-                << " for backward, of which attention's policy "
-                << format_bytes(probe.attention_residual_bytes) << "\n";
+                << " for backward";
+      // Under a setting, layers decide for themselves what of attention is kept.
+      if (options_.memory == kAttentionAlone) {
+        std::cerr << ", of which attention's policy " << format_bytes(probe.attention_residual_bytes);
+      }
+      std::cerr << "\n";
     }
   }
 

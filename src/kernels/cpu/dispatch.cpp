@@ -112,38 +112,39 @@ template int64_t attention_scratch_bytes(const AttentionProblem<double>&);
 
 namespace {
 
-#define REMNANT_KERNEL_TABLE(variant, bfloat16)                                                       \
-  constexpr CpuKernels k_##variant{#variant,                                                          \
-                                   bfloat16,                                                          \
-                                   variant::attention_forward<float>,                                 \
-                                   variant::attention_forward<double>,                                \
-                                   variant::attention_backward<float>,                                \
-                                   variant::attention_backward<double>,                               \
-                                   variant::curve_encode<float>,                                      \
-                                   variant::curve_encode<double>,                                     \
-                                   variant::curve_decode<float>,                                      \
-                                   variant::curve_decode<double>,                                     \
-                                   variant::dropout_bits,                                             \
-                                   variant::cross_entropy<float>,                                     \
-                                   variant::cross_entropy<double>,                                    \
-                                   variant::hidden_forward<float>,                                    \
-                                   variant::hidden_forward<double>,                                   \
-                                   variant::hidden_backward<float>,                                   \
-                                   variant::hidden_backward<double>};                                 \
-  constexpr StepKernels k_step_##variant {                                                            \
-    variant::norm_forward, variant::norm_backward, variant::dropout_add, variant::activation_forward, \
-        variant::activation_backward, variant::encode, variant::decode                                \
+// A variant's attention kernels, and the other kernels of the one that it extends.
+#define REMNANT_KERNEL_TABLE(variant, others, bfloat16)                                           \
+  constexpr CpuKernels k_##variant{#variant,                                                      \
+                                   bfloat16,                                                      \
+                                   variant::attention_forward<float>,                             \
+                                   variant::attention_forward<double>,                            \
+                                   variant::attention_backward<float>,                            \
+                                   variant::attention_backward<double>,                           \
+                                   others::curve_encode<float>,                                   \
+                                   others::curve_encode<double>,                                  \
+                                   others::curve_decode<float>,                                   \
+                                   others::curve_decode<double>,                                  \
+                                   others::dropout_bits,                                          \
+                                   others::cross_entropy<float>,                                  \
+                                   others::cross_entropy<double>,                                 \
+                                   others::hidden_forward<float>,                                 \
+                                   others::hidden_forward<double>,                                \
+                                   others::hidden_backward<float>,                                \
+                                   others::hidden_backward<double>};                              \
+  constexpr StepKernels k_step_##variant {                                                        \
+    others::norm_forward, others::norm_backward, others::dropout_add, others::activation_forward, \
+        others::activation_backward, others::encode, others::decode                               \
   }
 
-REMNANT_KERNEL_TABLE(portable, false);
+REMNANT_KERNEL_TABLE(portable, portable, false);
 #ifdef REMNANT_HAVE_AVX2
-REMNANT_KERNEL_TABLE(avx2, false);
+REMNANT_KERNEL_TABLE(avx2, avx2, false);
 #endif
 #ifdef REMNANT_HAVE_AVX512
-REMNANT_KERNEL_TABLE(avx512, false);
+REMNANT_KERNEL_TABLE(avx512, avx512, false);
 #endif
 #ifdef REMNANT_HAVE_AMX
-REMNANT_KERNEL_TABLE(amx, true);
+REMNANT_KERNEL_TABLE(amx, avx512, true);
 
 // Tile registers are large, so that Linux gives them to processes that ask.
 bool have_amx() {
