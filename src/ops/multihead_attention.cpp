@@ -60,14 +60,24 @@ void check(const at::Tensor& query, const std::optional<at::Tensor>& memory, con
               "multihead_attention: mask must have at most 4 dimensions, got ", mask->dim());
 }
 
-// Sequences are taken a few at a time, about this many positions: products are long enough for full speed,
-// and what they make stays in cache. Neither threads nor the batch decide, as each group has a seed of its
-// own.
+// Positions whose projections are made at once: enough for full-speed products, and what they make stays in
+// cache.
+int64_t positions_at_once(const at::Tensor& query) { return query.device().is_cpu() ? 1024 : 16384; }
+
+int64_t longest(const at::Tensor& query, const std::optional<at::Tensor>& memory) {
+  return std::max<int64_t>({query.size(1), memory.has_value() ? memory->size(1) : 0, 1});
+}
+
+// Sequences are taken a few at a time, and of one that is long some of the heads at a time. Neither threads
+// nor the batch decide, as each such part has a seed of its own.
 int64_t group_size(const at::Tensor& query, const std::optional<at::Tensor>& memory) {
-  const int64_t positions = query.device().is_cpu() ? 1024 : 16384;
-  const int64_t longest = std::max(query.size(1), memory.has_value() ? memory->size(1) : 0);
-  return std::clamp<int64_t>(positions / std::max<int64_t>(longest, 1), 1,
+  return std::clamp<int64_t>(positions_at_once(query) / longest(query, memory), 1,
                              std::max<int64_t>(query.size(0), 1));
+}
+
+int64_t heads_at_once(const at::Tensor& query, const std::optional<at::Tensor>& memory, int64_t heads) {
+  // Twice the positions of a group: halves of what fits are no gain.
+  return std::clamp<int64_t>(heads * 2 * positions_at_once(query) / longest(query, memory), 1, heads);
 }
 
 struct Block {
@@ -87,31 +97,56 @@ Block make_block(const at::Tensor& query, const at::Tensor& in_weight,
   return block;
 }
 
-// The mask of sequences [first, first + count).
-AttentionCall call_of_group(const Block& block, int64_t first, int64_t count) {
+struct Range {
+  int64_t first = 0, count = 0;
+};
+
+// The mask of some sequences and heads.
+AttentionCall call_of(const Block& block, Range sequences, Range heads) {
   AttentionCall call = block.call;
-  if (call.mask.has_value() && call.mask->size(0) > 1) call.mask = call.mask->narrow(0, first, count);
+  if (!call.mask.has_value()) return call;
+  if (call.mask->size(0) > 1) call.mask = call.mask->narrow(0, sequences.first, sequences.count);
+  if (call.mask->size(1) > 1) call.mask = call.mask->narrow(1, heads.first, heads.count);
   return call;
 }
 
-// x [n, N, E] through `parts` of the stacked projections from `part` on: each [n, heads, N, E / heads].
-std::vector<at::Tensor> project(const Block& block, const at::Tensor& x, int64_t part, int64_t parts) {
-  const int64_t dim = x.size(2);
-  const at::Tensor weight = block.in_weight.narrow(0, part * dim, parts * dim);
-  const at::Tensor rows = x.reshape({-1, dim});
-  const at::Tensor made = block.in_bias.has_value()
-                              ? at::addmm(block.in_bias->narrow(0, part * dim, parts * dim), rows, weight.t())
-                              : at::mm(rows, weight.t());
-  return made.view({x.size(0), x.size(1), parts, block.heads, dim / block.heads})
-      .permute({2, 0, 3, 1, 4})
-      .unbind(0);
+// The rows of the stacked projections that make `heads` of projection `part`: 0 query, 1 key, 2 value.
+Range rows_of(const Block& block, int64_t part, Range heads) {
+  const int64_t dim = block.in_weight.size(1), head_dim = dim / block.heads;
+  return {part * dim + heads.first * head_dim, heads.count * head_dim};
+}
+
+// x [n, N, E] through projections `part` to `part` + `parts` - 1: each [n, heads, N, E / all heads].
+std::vector<at::Tensor> project(const Block& block, const at::Tensor& x, int64_t part, int64_t parts,
+                                Range heads) {
+  const int64_t head_dim = x.size(2) / block.heads;
+  const at::Tensor rows = x.reshape({-1, x.size(2)});
+  const auto product = [&](Range of) {
+    const at::Tensor weight = block.in_weight.narrow(0, of.first, of.count).t();
+    return block.in_bias.has_value() ? at::addmm(block.in_bias->narrow(0, of.first, of.count), rows, weight)
+                                     : at::mm(rows, weight);
+  };
+  if (heads.count == block.heads) {
+    const Range first = rows_of(block, part, heads);
+    return product({first.first, parts * first.count})
+        .view({x.size(0), x.size(1), parts, heads.count, head_dim})
+        .permute({2, 0, 3, 1, 4})
+        .unbind(0);
+  }
+  std::vector<at::Tensor> made;
+  for (int64_t i = 0; i < parts; ++i) {
+    made.push_back(product(rows_of(block, part + i, heads))
+                       .view({x.size(0), x.size(1), heads.count, head_dim})
+                       .transpose(1, 2));
+  }
+  return made;
 }
 
 std::vector<at::Tensor> project(const Block& block, const at::Tensor& query,
-                                const std::optional<at::Tensor>& memory) {
-  if (!memory.has_value()) return project(block, query, 0, 3);
-  std::vector<at::Tensor> parts = project(block, query, 0, 1);
-  for (at::Tensor& part : project(block, *memory, 1, 2)) parts.push_back(std::move(part));
+                                const std::optional<at::Tensor>& memory, Range heads) {
+  if (!memory.has_value()) return project(block, query, 0, 3, heads);
+  std::vector<at::Tensor> parts = project(block, query, 0, 1, heads);
+  for (at::Tensor& part : project(block, *memory, 1, 2, heads)) parts.push_back(std::move(part));
   return parts;
 }
 
@@ -130,8 +165,13 @@ std::optional<at::Tensor> group_of(const std::optional<at::Tensor>& x, int64_t f
   return x.has_value() ? std::optional<at::Tensor>(x->narrow(0, first, count)) : std::nullopt;
 }
 
-at::Tensor seed_of_group(const at::Tensor& seeds, int64_t group) {
-  return seeds.numel() > 0 ? seeds.select(0, group) : at::Tensor();
+at::Tensor seed_of(const at::Tensor& seeds, int64_t part) {
+  return seeds.numel() > 0 ? seeds.select(0, part) : at::Tensor();
+}
+
+int64_t parts_of(const at::Tensor& query, const std::optional<at::Tensor>& memory, int64_t heads) {
+  const int64_t step = group_size(query, memory), wide = heads_at_once(query, memory, heads);
+  return (query.size(0) + step - 1) / step * ((heads + wide - 1) / wide);
 }
 
 Forward forward(const at::Tensor& query, const std::optional<at::Tensor>& memory, const at::Tensor& in_weight,
@@ -144,32 +184,50 @@ Forward forward(const at::Tensor& query, const std::optional<at::Tensor>& memory
   const auto options = query.options();
   const auto wide = options.dtype(accumulation_type(query.scalar_type()));
   const int64_t batch = query.size(0), length = query.size(1), dim = query.size(2);
-  const int64_t step = group_size(query, memory), groups = (batch + step - 1) / step;
+  const int64_t step = group_size(query, memory), wide_heads = heads_at_once(query, memory, heads);
   at::Tensor output = at::empty({batch, length, out_weight.size(0)}, options);
   at::Tensor attended = keep ? at::empty({batch, length, dim}, options) : at::empty({0}, options);
   at::Tensor lse = keep ? at::empty({batch, heads, length}, wide) : at::empty({0}, wide);
   at::Tensor seeds = at::empty({0}, options.dtype(at::kLong));
   if (dropout > 0) {
-    seeds = at::empty({groups, 2}, options.dtype(at::kLong));
-    for (int64_t g = 0; g < groups; ++g) seeds.select(0, g).copy_(draw_seed(query, generator));
+    const int64_t parts = parts_of(query, memory, heads);
+    seeds = at::empty({parts, 2}, options.dtype(at::kLong));
+    for (int64_t part = 0; part < parts; ++part) seeds.select(0, part).copy_(draw_seed(query, generator));
   }
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t first = g * step, count = std::min(step, batch - first);
-    const std::vector<at::Tensor> qkv =
-        project(block, query.narrow(0, first, count), group_of(memory, first, count));
-    const AttentionCall call = call_of_group(block, first, count);
-    if (g == 0) check_attention(qkv[0], qkv[1], qkv[2], call.mask, dropout, {});
-    AttentionResiduals residuals = empty_residuals(qkv[0], qkv[1], call, keep);
-    const at::Tensor rows = merge(attend(block, call, qkv, seed_of_group(seeds, g), residuals));
-    if (keep) {
-      attended.narrow(0, first, count).copy_(rows.view({count, length, dim}));
-      lse.narrow(0, first, count).copy_(residuals.lse);
-    }
-    at::Tensor out = output.narrow(0, first, count).view({count * length, -1});
-    if (out_bias.has_value()) {
-      at::addmm_out(out, *out_bias, rows, out_weight.t());
-    } else {
-      at::mm_out(out, rows, out_weight.t());
+  int64_t part = 0;
+  for (int64_t first = 0; first < batch; first += step) {
+    const Range sequences{first, std::min(step, batch - first)};
+    const at::Tensor x = query.narrow(0, first, sequences.count);
+    const std::optional<at::Tensor> m = group_of(memory, first, sequences.count);
+    at::Tensor out = output.narrow(0, first, sequences.count).view({sequences.count * length, -1});
+    for (int64_t head = 0; head < heads; head += wide_heads, ++part) {
+      const Range some{head, std::min(wide_heads, heads - head)};
+      const std::vector<at::Tensor> qkv = project(block, x, m, some);
+      const AttentionCall call = call_of(block, sequences, some);
+      if (part == 0) {
+        const auto all_heads = [&](const at::Tensor& each) {
+          return each.narrow(1, 0, 1).expand({-1, heads, -1, -1});
+        };
+        check_attention(all_heads(qkv[0]), all_heads(qkv[1]), all_heads(qkv[2]),
+                        call_of(block, sequences, {0, heads}).mask, dropout, {});
+      }
+      AttentionResiduals residuals = empty_residuals(qkv[0], qkv[1], call, keep);
+      const at::Tensor rows = merge(attend(block, call, qkv, seed_of(seeds, part), residuals));
+      const int64_t column = head * (dim / heads);
+      if (keep) {
+        attended.narrow(0, first, sequences.count)
+            .narrow(2, column, rows.size(1))
+            .copy_(rows.view({sequences.count, length, rows.size(1)}));
+        lse.narrow(0, first, sequences.count).narrow(1, head, some.count).copy_(residuals.lse);
+      }
+      const at::Tensor weight = out_weight.narrow(1, column, rows.size(1)).t();
+      if (head > 0) {
+        out.addmm_(rows, weight);
+      } else if (out_bias.has_value()) {
+        at::addmm_out(out, *out_bias, rows, weight);
+      } else {
+        at::mm_out(out, rows, weight);
+      }
     }
   }
   return {output, attended, lse, seeds};
@@ -184,31 +242,35 @@ void add_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b) {
   }
 }
 
-// The gradients of projections `part`, `part` + 1, ... of x, from their outputs' [n N, E] each.
+// The gradients of some heads' projections `part`, `part` + 1, ... of x, from their outputs' [n N, columns]
+// each.
 struct ProjectionGradients {
   at::Tensor in_weight, in_bias;  // undefined where not wanted
 
-  void add(const std::vector<at::Tensor>& grads, int64_t part, const at::Tensor& x_rows) {
-    const int64_t dim = x_rows.size(1);
-    for (size_t i = 0; i < grads.size(); ++i) {
-      const int64_t first = (part + static_cast<int64_t>(i)) * dim;
-      if (in_weight.defined()) add_product(in_weight.narrow(0, first, dim), grads[i], x_rows);
-      if (in_bias.defined())
-        in_bias.narrow(0, first, dim).add_(grads[i].sum(0, false, in_bias.scalar_type()));
+  void add(const Block& block, const std::vector<at::Tensor>& grads, int64_t part, Range heads,
+           const at::Tensor& x_rows) {
+    for (const at::Tensor& grad : grads) {
+      const Range rows = rows_of(block, part++, heads);
+      if (in_weight.defined()) add_product(in_weight.narrow(0, rows.first, rows.count), grad, x_rows);
+      if (in_bias.defined()) {
+        in_bias.narrow(0, rows.first, rows.count).add_(grad.sum(0, false, in_bias.scalar_type()));
+      }
     }
   }
 };
 
-// sum of grads[i] W[part + i], into the group's rows of `into`.
-void to_input(const Block& block, const std::vector<at::Tensor>& grads, int64_t part, at::Tensor into) {
-  const int64_t dim = into.size(1);
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const at::Tensor weight = block.in_weight.narrow(0, (part + static_cast<int64_t>(i)) * dim, dim);
-    if (i == 0) {
-      at::mm_out(into, grads[i], weight);
+// Their gradient of x: into `into`, or under `add` added to it.
+void to_input(const Block& block, const std::vector<at::Tensor>& grads, int64_t part, Range heads, bool add,
+              at::Tensor into) {
+  for (const at::Tensor& grad : grads) {
+    const Range rows = rows_of(block, part++, heads);
+    const at::Tensor weight = block.in_weight.narrow(0, rows.first, rows.count);
+    if (add) {
+      into.addmm_(grad, weight);
     } else {
-      into.addmm_(grads[i], weight);
+      at::mm_out(into, grad, weight);
     }
+    add = true;
   }
 }
 
@@ -236,49 +298,63 @@ Backward backward(const at::Tensor& grad_output, const at::Tensor& query,
   ProjectionGradients projections{needs[2] ? grad_in_weight : at::Tensor(),
                                   needs[3] ? grad_in_bias : at::Tensor()};
   const bool through = needs[0] || needs[1] || needs[2] || needs[3];  // past the output projection
-  const int64_t step = group_size(query, memory);
+  const int64_t step = group_size(query, memory), wide_heads = heads_at_once(query, memory, heads);
+  const int64_t head_dim = dim / heads;
+  int64_t part = 0;
   for (int64_t first = 0; first < batch; first += step) {
     const int64_t count = std::min(step, batch - first);
     const at::Tensor g_rows = grad_output.narrow(0, first, count).reshape({count * length, out_dim});
     if (needs[5]) grad_out_bias.add_(g_rows.sum(0, false, wide.dtype().toScalarType()));
     if (!through && !needs[4]) continue;
-    const at::Tensor x = query.narrow(0, first, count);
+    const at::Tensor x = query.narrow(0, first, count), x_rows = x.reshape({count * length, dim});
     const std::optional<at::Tensor> m = group_of(memory, first, count);
-    const at::Tensor seed = seed_of_group(seeds, first / step);
-    const AttentionCall call = call_of_group(block, first, count);
-    std::vector<at::Tensor> qkv;
-    if (through || !kept) qkv = project(block, x, m);
-    AttentionResiduals residuals;
-    at::Tensor attended_heads;
-    if (kept) {
-      residuals = empty_residuals(x.unsqueeze(1), x.unsqueeze(1), call, false);
-      residuals.lse = lse.narrow(0, first, count);
-      attended_heads =
-          attended.narrow(0, first, count).view({count, length, heads, dim / heads}).transpose(1, 2);
-    } else {
-      residuals = empty_residuals(qkv[0], qkv[1], call, true);
-      attended_heads = attend(block, call, qkv, seed, residuals);
-    }
-    if (dropout > 0) residuals.seed = seed;
-    if (needs[4]) add_product(grad_out_weight, g_rows, merge(attended_heads));
-    if (!through) continue;
-    const at::Tensor grad_heads =
-        g_rows.mm(out_weight).view({count, length, heads, dim / heads}).transpose(1, 2);
-    const BackwardInputs inputs{grad_heads, qkv[0],         qkv[1],
-                                qkv[2],     attended_heads, residuals,
-                                heads,      qkv[1].size(2), {true, true, true, false}};
-    auto [dq, dk, dv, dmask] = block.fused ? cpu_backward(inputs, call) : composite_backward(inputs, call);
-    const at::Tensor x_rows = x.reshape({count * length, dim});
-    if (m.has_value()) {
-      const std::vector<at::Tensor> grad_q{merge(dq)}, grad_kv{merge(dk), merge(dv)};
-      projections.add(grad_q, 0, x_rows);
-      projections.add(grad_kv, 1, m->reshape({-1, dim}));
-      if (needs[0]) to_input(block, grad_q, 0, grad_query.narrow(0, first, count).view({-1, dim}));
-      if (needs[1]) to_input(block, grad_kv, 1, grad_memory.narrow(0, first, count).view({-1, dim}));
-    } else {
-      const std::vector<at::Tensor> grads{merge(dq), merge(dk), merge(dv)};
-      projections.add(grads, 0, x_rows);
-      if (needs[0]) to_input(block, grads, 0, grad_query.narrow(0, first, count).view({-1, dim}));
+    for (int64_t head = 0; head < heads; head += wide_heads, ++part) {
+      const Range some{head, std::min(wide_heads, heads - head)};
+      const int64_t column = head * head_dim, columns = some.count * head_dim;
+      const at::Tensor seed = seed_of(seeds, part);
+      const AttentionCall call = call_of(block, {first, count}, some);
+      std::vector<at::Tensor> qkv;
+      if (through || !kept) qkv = project(block, x, m, some);
+      AttentionResiduals residuals;
+      at::Tensor attended_heads;
+      if (kept) {
+        residuals = empty_residuals(x.unsqueeze(1), x.unsqueeze(1), call, false);
+        residuals.lse = lse.narrow(0, first, count).narrow(1, head, some.count).contiguous();
+        attended_heads = attended.narrow(0, first, count)
+                             .narrow(2, column, columns)
+                             .unflatten(2, {some.count, head_dim})
+                             .transpose(1, 2);
+      } else {
+        residuals = empty_residuals(qkv[0], qkv[1], call, true);
+        attended_heads = attend(block, call, qkv, seed, residuals);
+      }
+      if (dropout > 0) residuals.seed = seed;
+      if (needs[4]) add_product(grad_out_weight.narrow(1, column, columns), g_rows, merge(attended_heads));
+      if (!through) continue;
+      const at::Tensor grad_heads = g_rows.mm(out_weight.narrow(1, column, columns))
+                                        .view({count, length, some.count, head_dim})
+                                        .transpose(1, 2);
+      const BackwardInputs inputs{grad_heads, qkv[0],         qkv[1],
+                                  qkv[2],     attended_heads, residuals,
+                                  some.count, qkv[1].size(2), {true, true, true, false}};
+      auto [dq, dk, dv, dmask] = block.fused ? cpu_backward(inputs, call) : composite_backward(inputs, call);
+      if (m.has_value()) {
+        const std::vector<at::Tensor> grad_q{merge(dq)}, grad_kv{merge(dk), merge(dv)};
+        projections.add(block, grad_q, 0, some, x_rows);
+        projections.add(block, grad_kv, 1, some, m->reshape({-1, dim}));
+        if (needs[0]) {
+          to_input(block, grad_q, 0, some, head > 0, grad_query.narrow(0, first, count).view({-1, dim}));
+        }
+        if (needs[1]) {
+          to_input(block, grad_kv, 1, some, head > 0, grad_memory.narrow(0, first, count).view({-1, dim}));
+        }
+      } else {
+        const std::vector<at::Tensor> grads{merge(dq), merge(dk), merge(dv)};
+        projections.add(block, grads, 0, some, x_rows);
+        if (needs[0]) {
+          to_input(block, grads, 0, some, head > 0, grad_query.narrow(0, first, count).view({-1, dim}));
+        }
+      }
     }
   }
   const auto type = query.scalar_type();
@@ -300,12 +376,11 @@ Forward forward_meta(const at::Tensor& query, const std::optional<at::Tensor>& m
   const auto wide = options.dtype(accumulation_type(query.scalar_type()));
   const auto batch = query.sym_size(0), length = query.sym_size(1);
   const at::Tensor seeds = at::empty({0}, options.dtype(at::kLong));
-  const int64_t groups =
-      dropout > 0 ? (query.size(0) + group_size(query, memory) - 1) / group_size(query, memory) : 0;
+  const int64_t parts = dropout > 0 ? parts_of(query, memory, heads) : 0;
   return {at::empty_symint({batch, length, out_weight.sym_size(0)}, options),
           keep ? at::empty_symint({batch, length, query.sym_size(2)}, options) : at::empty({0}, options),
           keep ? at::empty_symint({batch, heads, length}, wide) : at::empty({0}, wide),
-          dropout > 0 ? at::empty({groups, 2}, seeds.options()) : seeds};
+          dropout > 0 ? at::empty({parts, 2}, seeds.options()) : seeds};
 }
 
 Backward backward_meta(const at::Tensor& grad_output, const at::Tensor& query,

@@ -179,6 +179,39 @@ def test_multihead_attention_equals_separate_operations(mask, p, keep, cross, bi
         torch.testing.assert_close(a, c, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("cross", [True, False])
+def test_heads_of_a_long_sequence_take_turns(keep, cross):
+    length, dim, heads, at_once = 2500, 8, 4, 4 * 2048 // 2500
+    x, memory, w, b, wo, bo = leaves(
+        torch.float64, (2, length, dim), (2, 300, dim), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,)
+    )
+    if not cross:
+        memory = None
+    m = torch.rand(1, heads, 1, 300 if cross else length) < 0.9
+    torch.manual_seed(5)
+    have = remnant.multihead_attention(x, memory, w, b, wo, bo, heads, mask=m, dropout=0.2, keep_output=keep)
+    torch.manual_seed(5)
+    outputs = []
+    for one in range(2):  # each sequence is a group
+        query = x[one : one + 1]
+        source = query if memory is None else memory[one : one + 1]
+        q, k, v = (
+            functional.linear(t, wi, bi).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for t, wi, bi in zip((query, source, source), w.chunk(3), b.chunk(3), strict=True)
+        )
+        attended = [
+            remnant.attention(*(t[:, i : i + at_once] for t in (q, k, v)), mask=m[:, i : i + at_once], dropout=0.2)
+            for i in range(0, heads, at_once)
+        ]
+        outputs.append(functional.linear(torch.cat(attended, 1).transpose(1, 2).flatten(2), wo, bo))
+    want = torch.cat(outputs)
+    torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9)
+    inputs = [t for t in (x, memory, w, b, wo, bo) if t is not None]
+    for a, c in zip(gradients(have, inputs), gradients(want, inputs), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("keep", [True, False])
 def test_multihead_attention_in_other_dtypes(dtype, keep):

@@ -31,7 +31,7 @@ struct MultiheadAttentionCall {
 /// so that scratch does not grow with B.
 ///
 /// Saves for backward: query, memory, the weights and in_bias, the mask, and a 16-byte seed for each of those
-/// groups of sequences when there is dropout; with keep_output also [B, N, E] and a log-sum-exp a row and
+/// parts when there is dropout; with keep_output also [B, N, E] and a log-sum-exp a row and
 /// head. The backward projects again (and attends again without keep_output). Exact up to rounding. Double
 /// backward raises an error. Throws c10::Error.
 REMNANT_API at::Tensor multihead_attention(const at::Tensor& query, const std::optional<at::Tensor>& memory,
