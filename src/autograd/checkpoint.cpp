@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <bit>
 #include <memory>
 #include <mutex>
 
@@ -129,7 +130,7 @@ struct CheckpointFunctionNode : torch::autograd::Function<CheckpointFunctionNode
     }
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["inputs"] = static_cast<int64_t>(inputs.size());
-    ctx->saved_data["closure"] = reinterpret_cast<int64_t>(closure);
+    ctx->saved_data["closure"] = std::bit_cast<int64_t>(closure);
     ctx->set_materialize_grads(false);
     return outputs;
   }
@@ -139,7 +140,7 @@ struct CheckpointFunctionNode : torch::autograd::Function<CheckpointFunctionNode
                 "checkpoint has no gradient of its gradient; run the function without it where you need one");
     const variable_list saved = ctx->get_saved_variables();
     const auto count = static_cast<size_t>(ctx->saved_data["inputs"].toInt());
-    auto& closure = *reinterpret_cast<Closure*>(ctx->saved_data["closure"].toInt());
+    auto& closure = *std::bit_cast<Closure*>(ctx->saved_data["closure"].toInt());
     variable_list inputs;
     for (size_t i = 0; i < count; ++i) {
       inputs.push_back(saved[i].detach().set_requires_grad(saved[i].requires_grad()));

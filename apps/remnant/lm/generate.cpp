@@ -30,6 +30,7 @@ int64_t draw(const Tensor& logits, const Sampling& sampling, std::mt19937_64& ra
   if (sampling.temperature == 0) return order.front();
   if (sampling.top_k > 0 && sampling.top_k < words) order.resize(sampling.top_k);
   std::vector<double> sums;
+  sums.reserve(order.size());
   double sum = 0;
   for (const int64_t token : order) {
     sums.push_back(sum += std::exp((value[token] - value[order.front()]) / sampling.temperature));

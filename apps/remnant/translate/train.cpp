@@ -48,6 +48,7 @@ Minibatch minibatch(TransformerImpl& model, const Batch& batch) {
 
 std::vector<Minibatch> minibatches(TransformerImpl& model, const std::vector<Batch>& batches) {
   std::vector<Minibatch> made;
+  made.reserve(batches.size());
   for (const Batch& batch : batches) made.push_back(minibatch(model, batch));
   return made;
 }

@@ -16,7 +16,9 @@ struct NormScratch {
   A* values;
   uint16_t* bits;
   NormScratch(void* memory, int64_t columns)
-      : values(static_cast<A*>(memory)), bits(reinterpret_cast<uint16_t*>(values + columns)) {}
+      : values(static_cast<A*>(memory)),
+        // Bits are written by the 64-bit word.
+        bits(reinterpret_cast<uint16_t*>(values + (columns + 7) / 8 * 8)) {}
 };
 
 template <typename S>
