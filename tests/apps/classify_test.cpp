@@ -271,11 +271,15 @@ TEST(Reviews, WhatIsSaidPlainlyAgreesWithTheLabel) {
     const bool positive = review.label == "positive";
     for (const char* good :
          {"is really wonderful.", "is really clever.", "is not boring at all.", "is not dull at all."}) {
-      if (review.text.find(good) != std::string::npos) EXPECT_TRUE(positive) << review.text;
+      if (review.text.find(good) != std::string::npos) {
+        EXPECT_TRUE(positive) << review.text;
+      }
     }
     for (const char* bad :
          {"is really boring.", "is really dull.", "is not wonderful at all.", "is not clever at all."}) {
-      if (review.text.find(bad) != std::string::npos) EXPECT_FALSE(positive) << review.text;
+      if (review.text.find(bad) != std::string::npos) {
+        EXPECT_FALSE(positive) << review.text;
+      }
     }
   }
 }
