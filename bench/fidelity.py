@@ -146,8 +146,9 @@ def picture(rows, path):
                 axis.plot(statistics.median(row[column] for row in stages) / unit, max(worst["error"], lowest),
                           shape, color=f"C{i}", markersize=7)
         axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.tick_params(axis="x", which="both", labelsize=7, labelrotation=45)
         axis.grid(which="both", alpha=0.25)
-    axes[0].set_ylabel(f"relative error of the gradient, worst stage (at least {lowest:g} drawn)")
+    axes[0].set_ylabel(f"relative error of the gradient, worst stage\n(at least {lowest:g} drawn)")
     handles = [pyplot.Line2D([], [], color=f"C{i}", lw=4, label=policy) for i, policy in enumerate(policies)]
     handles += [pyplot.Line2D([], [], color="0.3", marker=shape, ls="", label=f"{model}, n = {n}")
                 for (model, n), shape in shapes.items()]
