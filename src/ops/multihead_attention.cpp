@@ -134,6 +134,7 @@ std::vector<at::Tensor> project(const Block& block, const at::Tensor& x, int64_t
         .unbind(0);
   }
   std::vector<at::Tensor> made;
+  made.reserve(static_cast<size_t>(parts));
   for (int64_t i = 0; i < parts; ++i) {
     made.push_back(product(rows_of(block, part + i, heads))
                        .view({x.size(0), x.size(1), heads.count, head_dim})
