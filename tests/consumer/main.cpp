@@ -21,7 +21,7 @@ int main() {
 
   for (const char* name : {"exact", "recompute", "curve:m=2", "quantized:bits=4", "sampled:m=4", "top:m=4"}) {
     const at::Tensor output = remnant::attention(query, key, value, {.policy = remnant::Policy::parse(name)});
-    if (!at::allclose(output, expected)) {
+    if (!at::allclose(output, expected, 1e-4, 1e-5)) {
       std::cerr << "consumer: the output under policy " << name << " differs from the definition\n";
       return 1;
     }

@@ -84,7 +84,7 @@ TEST(Checkpoint, Nests) {
       .sum()
       .backward();
   EXPECT_TRUE(at::equal(x.grad(), want_x));
-  EXPECT_TRUE(at::allclose(w.grad(), want_w));  // summed in another order
+  EXPECT_TRUE(at::allclose(w.grad(), want_w, 1e-4, 1e-5));  // summed in another order
 }
 
 TEST(Checkpoint, TakesOtherArgumentsAndGivesSeveralResults) {
@@ -99,7 +99,7 @@ TEST(Checkpoint, TakesOtherArgumentsAndGivesSeveralResults) {
   EXPECT_TRUE(at::equal(same, x));
   // One result is used alone, the others get no gradient.
   const Tensor g = torch::autograd::grad({second.sum()}, {x})[0];
-  EXPECT_TRUE(at::allclose(g, x * 18.0));
+  EXPECT_TRUE(at::allclose(g, x * 18.0, 1e-5, 1e-6));
   const std::vector<Tensor> list =
       checkpoint([](const Tensor& a) { return std::vector<Tensor>{a + 1, a * 2}; }, x);
   ASSERT_EQ(list.size(), 2u);
