@@ -39,6 +39,8 @@ int64_t parse_bytes(std::string_view text) {
 
 }  // namespace
 
+std::string_view name(AttentionKeep keep) { return kAttention[static_cast<size_t>(keep)]; }
+
 Memory Memory::eager() { return {.kind = Kind::eager}; }
 
 Memory Memory::exact() { return {.kind = Kind::exact}; }
@@ -127,7 +129,7 @@ LayerMemory LayerMemory::parse(std::string_view text) {
 
 std::string LayerMemory::str() const {
   if (checkpoint) return "checkpoint";
-  std::string text = "attention=" + std::string(kAttention[static_cast<size_t>(attention)]);
+  std::string text = "attention=" + std::string(name(attention));
   text += hidden ? ",hidden=keep" : ",hidden=recompute";
   text += noise ? ",dropout=noise" : ",dropout=seed";
   text += norm_input ? ",norm=input" : ",norm=output";

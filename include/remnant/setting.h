@@ -43,6 +43,9 @@ enum class AttentionKeep {
   automatic,    ///< `output` where attending again would cost more than projecting again, else `input`.
 };
 
+/// "eager", "projections", "output", "input" or "automatic".
+REMNANT_API std::string_view name(AttentionKeep keep);
+
 /// What one Transformer layer keeps, op by op. The default is what PyTorch keeps but for attention, which
 /// follows its policy, and dropout, which keeps nothing.
 struct REMNANT_API LayerMemory {

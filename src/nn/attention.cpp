@@ -391,10 +391,7 @@ void MultiheadAttentionImpl::pretty_print(std::ostream& stream) const {
   stream << "remnant::nn::MultiheadAttention(embed_dim=" << options.embed_dim()
          << ", num_heads=" << options.num_heads() << ", policy=" << options.policy().str();
   if (options.keep() != AttentionKeep::projections) {
-    LayerMemory memory;
-    memory.attention = options.keep();
-    const std::string text = memory.str();
-    stream << ", " << text.substr(0, text.find(','));
+    stream << ", attention=" << remnant::name(options.keep());
   }
   stream << ")";
 }

@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/attention_kernels.h"
 #include "ops/attention_common.h"
+#include "ops/step_common.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -40,8 +41,7 @@ Activation parse_activation(std::string_view name) {
 void check(const at::Tensor& input, const at::Tensor& weight1, const std::optional<at::Tensor>& bias1,
            const at::Tensor& weight2, const std::optional<at::Tensor>& bias2, double dropout) {
   const auto type = input.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-              "feed_forward: input must be float32, float64, bfloat16 or float16, got ", toString(type));
+  check_floating("feed_forward", "input", input);
   TORCH_CHECK(input.dim() >= 1 && weight1.dim() == 2 && weight2.dim() == 2,
               "feed_forward: input must be [..., E] and the weights [F, E] and [G, F], got ", input.dim(),
               ", ", weight1.dim(), " and ", weight2.dim(), " dimensions");
@@ -191,15 +191,6 @@ Forward forward(const at::Tensor& input, const at::Tensor& weight1, const std::o
     }
   }
   return {output, seed};
-}
-
-// sum += a^T b, in sum's dtype.
-void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
-  if (sum.scalar_type() == a.scalar_type()) {
-    sum.addmm_(a.t(), b);
-  } else {
-    sum.add_(a.t().mm(b));
-  }
 }
 
 Backward backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight1,

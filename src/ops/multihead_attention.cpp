@@ -1,6 +1,7 @@
 #include <remnant/ops/multihead_attention.h>
 
 #include "ops/attention_common.h"
+#include "ops/step_common.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -30,9 +31,7 @@ void check(const at::Tensor& query, const std::optional<at::Tensor>& memory, con
               " dimensions");
   const auto dim = query.sym_size(2);
   const auto type = query.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-              "multihead_attention: query must be float32, float64, bfloat16 or float16, got ",
-              toString(type));
+  check_floating("multihead_attention", "query", query);
   TORCH_CHECK(heads >= 1 && dim % heads == 0, "multihead_attention: heads must divide E = ", dim, ", got ",
               heads);
   TORCH_CHECK(!memory.has_value() || (memory->dim() == 3 && memory->sym_size(0) == query.sym_size(0) &&
@@ -232,15 +231,6 @@ Forward forward(const at::Tensor& query, const std::optional<at::Tensor>& memory
     }
   }
   return {output, attended, lse, seeds};
-}
-
-// sum += a^T b, in sum's dtype.
-void add_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b) {
-  if (sum.scalar_type() == a.scalar_type()) {
-    sum.addmm_(a.t(), b);
-  } else {
-    sum.add_(a.t().mm(b));
-  }
 }
 
 // The gradients of some heads' projections `part`, `part` + 1, ... of x, from their outputs' [n N, columns]

@@ -1,6 +1,7 @@
 #include "ops/step_common.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/mm.h>
 
 #include <string>
 
@@ -21,6 +22,14 @@ int64_t parse_bits(const char* op, c10::string_view policy, std::string_view nam
     forms += ", '" + start + std::to_string(bits) + "'";
   }
   TORCH_CHECK(false, op, ": unknown policy '", policy, "'; expected one of ", forms);
+}
+
+void add_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b) {
+  if (sum.scalar_type() == a.scalar_type()) {
+    sum.addmm_(a.t(), b);
+  } else {
+    sum.add_(a.t().mm(b));
+  }
 }
 
 kernels::Element element_of(at::ScalarType type) {

@@ -813,6 +813,18 @@ void backward_sampled(const AttentionBackward<T>& problem, const Block& block, i
   }
 }
 
+// The first tile of keys and values of another head's block; returns how many, 0 for the same head.
+template <typename Problem>
+int64_t look_ahead_at_keys(const Problem& problem, const Block& block, const Block& next, Ahead& ahead) {
+  if (next.kv_head == block.kv_head && next.b == block.b) return 0;
+  const int64_t keys = std::min(next.keys, problem.tile_keys);
+  ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+  ahead.add(problem.narrow_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
+  ahead.add(problem.value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+  ahead.add(problem.narrow_value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+  return keys;
+}
+
 // What a block reads and writes, and where its head is another one, the first tile of keys: with short rows
 // that is all of them. What is written is asked for too, as a store has to have its line first.
 template <typename T>
@@ -820,13 +832,7 @@ void look_ahead(const AttentionForward<T>& problem, const Block& block, const Bl
   const int64_t first = next.query_row + next.first;
   ahead.add(problem.query, next.b, next.h, first, next.rows, problem.head_dim);
   ahead.add(problem.narrow_query, next.b, next.h, first, next.rows, problem.head_dim);
-  if (next.kv_head != block.kv_head || next.b != block.b) {
-    const int64_t keys = std::min(next.keys, problem.tile_keys);
-    ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
-    ahead.add(problem.narrow_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
-    ahead.add(problem.value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
-    ahead.add(problem.narrow_value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
-  }
+  look_ahead_at_keys(problem, block, next, ahead);
   ahead.add(problem.output, next.b, next.h, first, next.rows, problem.value_dim);
 }
 
@@ -839,12 +845,7 @@ void look_ahead(const AttentionBackward<T>& problem, const Block& block, const B
   ahead.add(problem.narrow_grad_output, next.b, next.h, first, next.rows, problem.value_dim);
   ahead.add(problem.output, next.b, next.h, first, next.rows, problem.value_dim);
   ahead.add(problem.narrow_output, next.b, next.h, first, next.rows, problem.value_dim);
-  if (next.kv_head != block.kv_head || next.b != block.b) {
-    const int64_t keys = std::min(next.keys, problem.tile_keys);
-    ahead.add(problem.key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
-    ahead.add(problem.narrow_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
-    ahead.add(problem.value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
-    ahead.add(problem.narrow_value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
+  if (const int64_t keys = look_ahead_at_keys(problem, block, next, ahead); keys > 0) {
     ahead.add(problem.grad_value, next.b, next.kv_head, next.key_row, keys, problem.value_dim);
     ahead.add(problem.grad_key, next.b, next.kv_head, next.key_row, keys, problem.head_dim);
   }

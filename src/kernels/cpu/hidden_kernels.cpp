@@ -1,8 +1,8 @@
 // The hidden layer of a feed-forward block: bias, activation and dropout in one pass, and what the
 // backward needs of them in another.
 
+#include "kernels/cpu/elements.h"
 #include "kernels/cpu/variants.h"
-#include "kernels/cpu/vectors.h"
 
 #include <cmath>
 
@@ -48,16 +48,6 @@ REMNANT_ALWAYS_INLINE Vector<T> slope(Vector<T> x, Vector<T> cdf) {
   return cdf + x * T(0.39894228040143267794) * exponential_of_nonpositive(x * x * T(-0.5));
 }
 
-// What dropout multiplies kWidth<T> elements by, from their random bits.
-template <typename T>
-REMNANT_ALWAYS_INLINE Vector<T> factors(const uint16_t* bits, int64_t threshold, T keep_scale) {
-  typedef uint16_t Half __attribute__((vector_size(kWidth<T> * 2)));
-  Half half;
-  std::memcpy(&half, bits, sizeof(half));
-  const auto lanes = __builtin_convertvector(half, Bits<T>);
-  return lanes >= static_cast<decltype(+lanes[0])>(threshold) ? broadcast(keep_scale) : Vector<T>{};
-}
-
 // One row through `each(column, count, bias, factor)`, a vector at a time, with count lanes in use.
 template <typename T, typename Each>
 REMNANT_ALWAYS_INLINE void for_row(const HiddenRows<T>& rows, int64_t row, const Each& each) {
@@ -72,7 +62,7 @@ REMNANT_ALWAYS_INLINE void for_row(const HiddenRows<T>& rows, int64_t row, const
     for (int64_t j = 0; j < columns; j += width) {
       const int64_t count = columns - j < width ? columns - j : width;
       const Vector<T> factor =
-          rows.threshold > 0 ? factors<T>(bits + j, rows.threshold, rows.keep_scale) : broadcast(T(1));
+          rows.threshold > 0 ? dropout_factor<T>(bits + j, rows.threshold, rows.keep_scale) : broadcast(T(1));
       const T* bias = rows.bias + first + j;
       const Vector<T> b = rows.bias == nullptr ? Vector<T>{}
                           : count == width     ? load(bias)
