@@ -8,7 +8,7 @@
 
 namespace remnant {
 
-/// What a whole model keeps for backward; written `eager`, `exact`, `unbiased:bits=4`, `budget=60MB`
+/// What a whole model keeps for backward; written `eager`, `exact`, `budget=60MB`
 /// (programs'
 /// `--memory`, Python's `memory=`).
 struct REMNANT_API Memory {

@@ -320,7 +320,53 @@ def silu(input: Tensor, *, policy: str = "exact") -> Tensor:
     return _ops.silu(input, policy)
 
 
-_REDUCTIONS = {"mean": 1, "sum": 2}
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    policy: str = "exact",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """input weight^T + bias.
+
+    Args:
+        input: [..., K]; float32, float64, bfloat16 or float16.
+        weight: [N, K], input's dtype; under "quantized" its own, in which products are computed.
+        bias: [N] or None, weight's dtype.
+        policy: what is kept of the input:
+            "exact": all of it, as torch does.
+            "quantized:bits=4": 8, 4 or 2 bits an element by stochastic rounding; weight's gradient is
+                unbiased, the others are exact. Readers of one tensor share one copy of codes.
+        generator: source of the rounding's seed; the device's default generator when None.
+
+    Returns:
+        [..., N] in weight's dtype.
+
+    Saves for backward: see policy; linear_code_bytes(n, bits) under "quantized", where weight's gradient is
+    wanted.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, an unknown policy, or a double backward under
+            "quantized".
+    """
+    return _ops.linear(input, weight, bias, policy, generator)
+
+
+def linear_code_bytes(elements: int, bits: int) -> int:
+    """Bytes that linear keeps of an input of so many elements under "quantized".
+
+    Args:
+        elements: how many numbers the input has.
+        bits: 8, 4 or 2.
+
+    Raises:
+        RuntimeError: other bits, or a negative size.
+    """
+    return _ops.linear_code_bytes(elements, bits)
+
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def linear_cross_entropy(
@@ -340,19 +386,21 @@ def linear_cross_entropy(
         weight: [V, K], input's dtype.
         bias: [V] or None.
         target: [N], int64, in [0, V) or ignore_index.
-        reduction: "mean" over the targets that are not ignored, or "sum".
+        reduction: "mean" over the targets that are not ignored, "sum", or "none": each row's loss, 0 where
+            ignored.
 
     Returns:
-        A scalar, float32 (float64 for float64).
+        A scalar, or [N] for "none"; float32 (float64 for float64).
 
-    Saves for backward: the gradients of input, weight and bias, where wanted.
+    Saves for backward: the gradients of input, weight and bias, where wanted; for "none" input, weight, bias
+    and target, from which the backward makes its chunks of logits again.
 
     Raises:
         ValueError: an unknown reduction.
         RuntimeError: shapes or dtypes that do not fit, a target out of bounds, or a double backward.
     """
     if reduction not in _REDUCTIONS:
-        raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
+        raise ValueError(f"linear_cross_entropy: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     return _ops.linear_cross_entropy(
         input, weight, bias, target, ignore_index, label_smoothing, _REDUCTIONS[reduction]
     )

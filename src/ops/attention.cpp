@@ -443,8 +443,12 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
                      const AttentionOptions& options) {
   std::vector<int64_t> window;
   if (options.window.has_value()) window = {options.window->first, options.window->second};
-  return std::get<0>(ops::call_forward(query, key, value, options.mask, options.causal, options.dropout,
-                                       options.scale, options.policy.str(), window, options.generator));
+  // Through the dispatcher, where autocast sees it.
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::attention", "")
+                             .typed<decltype(ops::attention_op)>();
+  return op.call(query, key, value, options.mask, options.causal, options.dropout, options.scale,
+                 options.policy.str(), window, options.generator);
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_with_weights(const at::Tensor& query, const at::Tensor& key,
@@ -452,8 +456,12 @@ std::tuple<at::Tensor, at::Tensor> attention_with_weights(const at::Tensor& quer
                                                           const AttentionOptions& options) {
   std::vector<int64_t> window;
   if (options.window.has_value()) window = {options.window->first, options.window->second};
-  return ops::attention_with_weights_op(query, key, value, options.mask, options.causal, options.dropout,
-                                        options.scale, options.policy.str(), window, options.generator);
+  // Through the dispatcher, where autocast sees it.
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::attention_with_weights", "")
+                             .typed<decltype(ops::attention_with_weights_op)>();
+  return op.call(query, key, value, options.mask, options.causal, options.dropout, options.scale,
+                 options.policy.str(), window, options.generator);
 }
 
 int64_t attention_residual_bytes(const Policy& policy, int64_t heads, int64_t queries, int64_t keys,

@@ -252,8 +252,12 @@ at::Tensor attention_packed(const at::Tensor& query, const at::Tensor& key, cons
               "window, or `attention` with padding");
   std::vector<int64_t> window;
   if (options.window.has_value()) window = {options.window->first, options.window->second};
-  return ops::packed_op(query, key, value, cu_seqlens_q, cu_seqlens_k, options.causal, options.dropout,
-                        options.scale, options.policy.str(), window, options.generator);
+  // Through the dispatcher, where autocast sees it.
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::attention_packed", "")
+                             .typed<decltype(ops::packed_op)>();
+  return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, options.causal, options.dropout,
+                 options.scale, options.policy.str(), window, options.generator);
 }
 
 }  // namespace remnant

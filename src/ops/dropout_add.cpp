@@ -118,7 +118,11 @@ TORCH_LIBRARY_FRAGMENT(remnant, m) {
 
 at::Tensor dropout_add(const at::Tensor& input, const at::Tensor& residual, double p,
                        const std::optional<at::Generator>& generator) {
-  return ops::dropout_add_op(input, residual, p, generator);
+  // Through the dispatcher, where autocast sees it.
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::dropout_add", "")
+                             .typed<decltype(ops::dropout_add_op)>();
+  return op.call(input, residual, p, generator);
 }
 
 }  // namespace remnant

@@ -292,7 +292,11 @@ at::Tensor feed_forward(const at::Tensor& input, const at::Tensor& weight1,
                         const std::optional<at::Tensor>& bias1, const at::Tensor& weight2,
                         const std::optional<at::Tensor>& bias2, std::string_view activation, double dropout,
                         const std::optional<at::Generator>& generator) {
-  return ops::feed_forward_op(input, weight1, bias1, weight2, bias2, activation, dropout, generator);
+  // Through the dispatcher, where autocast sees it.
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::feed_forward", "")
+                             .typed<decltype(ops::feed_forward_op)>();
+  return op.call(input, weight1, bias1, weight2, bias2, activation, dropout, generator);
 }
 
 }  // namespace remnant

@@ -145,4 +145,25 @@ TORCH_LIBRARY(remnant, m) {
       "activation_backward(Tensor grad_output, Tensor? input, Tensor codes, int kind, float slope, int bits) "
       "-> Tensor",
       plain);
+  m.def("encode(Tensor input, Tensor seed, int bits) -> (Tensor codes, Tensor table)", plain);
+  m.def("decode(Tensor codes, Tensor table, int bits, SymInt[] size, ScalarType dtype) -> Tensor", plain);
+  m.def(
+      "linear(Tensor input, Tensor weight, Tensor? bias=None, str policy='exact', Generator? generator=None) "
+      "-> Tensor",
+      random);
+  m.def(
+      "linear_coded(Tensor input, Tensor weight, Tensor? bias, int bits, Generator? generator=None) -> "
+      "Tensor",
+      random);
+  m.def(
+      "linear_coded_backward(Tensor grad_output, Tensor? codes, Tensor? table, Tensor? weight, SymInt "
+      "columns, "
+      "int bits, bool[3] needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      plain);
+  m.def("linear_code_bytes(int elements, int bits) -> int", plain);
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor weight, Tensor? bias, Tensor "
+      "target, int ignore_index, float label_smoothing, bool[3] needs) -> (Tensor grad_input, Tensor "
+      "grad_weight, Tensor grad_bias)",
+      plain);
 }

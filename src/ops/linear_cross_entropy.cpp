@@ -43,8 +43,9 @@ void check(const at::Tensor& input, const at::Tensor& weight, const std::optiona
               "linear_cross_entropy: label_smoothing must be in "
               "[0, 1], got ",
               label_smoothing);
-  TORCH_CHECK(reduction == at::Reduction::Mean || reduction == at::Reduction::Sum,
-              "linear_cross_entropy: reduction must be mean (1) or sum (2), got ", reduction);
+  TORCH_CHECK(
+      reduction == at::Reduction::None || reduction == at::Reduction::Mean || reduction == at::Reduction::Sum,
+      "linear_cross_entropy: reduction must be none (0), mean (1) or sum (2), got ", reduction);
 }
 
 // Rows whose logits make about 8 MB: every chunk reads and writes the weight's whole gradient once.
@@ -92,37 +93,13 @@ at::Tensor loss_rows(at::Tensor& logits, const at::Tensor& target, int64_t ignor
   return losses;
 }
 
-Result forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-               const at::Tensor& target, int64_t ignore_index, double label_smoothing, int64_t reduction,
-               std::array<bool, 3> needs) {
-  check(input, weight, bias, target, label_smoothing, reduction);
-  const auto type = accumulation_type(input.scalar_type());
-  const at::Tensor x = input.to(type);
-  const at::Tensor w = weight.to(type);
-  const at::Tensor b = bias.has_value() ? bias->to(type) : at::Tensor();
-  const at::Tensor t = target.contiguous();
-  const auto options = x.options();
-  const int64_t tokens = x.size(0);
-  const int64_t classes = w.size(0);
-  const at::Tensor valid = t.ne(ignore_index);
-  if (t.device().is_cpu() && tokens > 0) {
-    const at::Tensor wrong = t.lt(0).logical_or_(t.ge(classes)).logical_and_(valid);
-    TORCH_CHECK(!wrong.any().item<bool>(), "linear_cross_entropy: target ",
-                t.masked_select(wrong)[0].item<int64_t>(), " is out of bounds, expected 0 to ", classes - 1,
-                " or ignore_index ", ignore_index);
-  }
-  const bool mean = reduction == at::Reduction::Mean;
-  const at::Tensor count = valid.sum();
-  const bool gradient = needs[0] || needs[1] || needs[2];
-  at::Tensor grad_input = at::empty({0}, options), grad_weight = at::empty({0}, options),
-             grad_bias = at::empty({0}, options);
-  if (needs[0]) grad_input = at::empty({tokens, x.size(1)}, options);
-  if (needs[1]) grad_weight = at::zeros({classes, x.size(1)}, options);
-  if (needs[2]) grad_bias = at::zeros({classes}, options);
-  at::Tensor loss = at::zeros({}, options);
+// Logits in chunks of rows: use(first row, logits, rows of input) may change the logits.
+template <typename Use>
+void each_chunk(const at::Tensor& x, const at::Tensor& w, const at::Tensor& b, Use&& use) {
+  const int64_t tokens = x.size(0), classes = w.size(0);
   const int64_t rows = std::min(chunk_rows(classes), std::max<int64_t>(tokens, 1));
   // Rows a multiple of a cache line apart: an odd number of classes would slow the products down.
-  at::Tensor buffer = at::empty({rows, (classes + 15) / 16 * 16}, options);
+  const at::Tensor buffer = at::empty({rows, (classes + 15) / 16 * 16}, x.options());
   for (int64_t first = 0; first < tokens; first += rows) {
     const int64_t n = std::min(rows, tokens - first);
     const at::Tensor part = x.narrow(0, first, n);
@@ -132,22 +109,109 @@ Result forward(const at::Tensor& input, const at::Tensor& weight, const std::opt
     } else {
       at::mm_out(logits, part, w.t());
     }
-    loss.add_(loss_rows(logits, t.narrow(0, first, n), ignore_index, label_smoothing, 1.0, gradient).sum());
-    if (needs[0]) {
-      at::Tensor grad_part = grad_input.narrow(0, first, n);
-      at::mm_out(grad_part, logits, w);
-    }
-    if (needs[1]) grad_weight.addmm_(logits.t(), part);
-    if (needs[2]) grad_bias.add_(logits.sum(0));
+    use(first, logits, part);
   }
-  if (mean) {
+}
+
+// Gradients of input, weight and bias, added up chunk by chunk from the logits' gradient.
+struct Gradients {
+  std::array<bool, 3> needs;
+  at::Tensor input, weight, bias;
+
+  Gradients(const at::Tensor& x, const at::Tensor& w, std::array<bool, 3> wanted) : needs(wanted) {
+    const auto options = x.options();
+    input = needs[0] ? at::empty({x.size(0), x.size(1)}, options) : at::empty({0}, options);
+    weight = needs[1] ? at::zeros({w.size(0), x.size(1)}, options) : at::empty({0}, options);
+    bias = needs[2] ? at::zeros({w.size(0)}, options) : at::empty({0}, options);
+  }
+  bool any() const { return needs[0] || needs[1] || needs[2]; }
+  void add(int64_t first, const at::Tensor& grad_logits, const at::Tensor& part, const at::Tensor& w) {
+    if (needs[0]) {
+      at::Tensor rows = input.narrow(0, first, part.size(0));
+      at::mm_out(rows, grad_logits, w);
+    }
+    if (needs[1]) weight.addmm_(grad_logits.t(), part);
+    if (needs[2]) bias.add_(grad_logits.sum(0));
+  }
+};
+
+Result forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+               const at::Tensor& target, int64_t ignore_index, double label_smoothing, int64_t reduction,
+               std::array<bool, 3> needs) {
+  check(input, weight, bias, target, label_smoothing, reduction);
+  const auto type = accumulation_type(input.scalar_type());
+  const at::Tensor x = input.to(type);
+  const at::Tensor w = weight.to(type);
+  const at::Tensor b = bias.has_value() ? bias->to(type) : at::Tensor();
+  const at::Tensor t = target.contiguous();
+  const int64_t tokens = x.size(0);
+  const at::Tensor valid = t.ne(ignore_index);
+  if (t.device().is_cpu() && tokens > 0) {
+    const at::Tensor wrong = t.lt(0).logical_or_(t.ge(w.size(0))).logical_and_(valid);
+    TORCH_CHECK(!wrong.any().item<bool>(), "linear_cross_entropy: target ",
+                t.masked_select(wrong)[0].item<int64_t>(), " is out of bounds, expected 0 to ", w.size(0) - 1,
+                " or ignore_index ", ignore_index);
+  }
+  const bool each = reduction == at::Reduction::None;
+  // Rows' gradients are not known yet: backward makes its chunks again.
+  if (each) needs = {};
+  Gradients grads(x, w, needs);
+  at::Tensor loss = each ? at::empty({tokens}, x.options()) : at::zeros({}, x.options());
+  each_chunk(x, w, b, [&](int64_t first, at::Tensor& logits, const at::Tensor& part) {
+    const at::Tensor losses =
+        loss_rows(logits, t.narrow(0, first, part.size(0)), ignore_index, label_smoothing, 1.0, grads.any());
+    if (each) {
+      loss.narrow(0, first, part.size(0)).copy_(losses);
+    } else {
+      loss.add_(losses.sum());
+    }
+    grads.add(first, logits, part, w);
+  });
+  if (reduction == at::Reduction::Mean) {
+    const at::Tensor count = valid.sum();
     loss.div_(count);  // no target at all: NaN, as in torch
-    for (at::Tensor* grad : {&grad_input, &grad_weight, &grad_bias}) {
+    for (at::Tensor* grad : {&grads.input, &grads.weight, &grads.bias}) {
       if (grad->numel() > 0) grad->div_(count);
     }
   }
-  return {loss, grad_input.to(input.scalar_type()), grad_weight.to(weight.scalar_type()),
-          grad_bias.to(weight.scalar_type())};
+  return {loss, grads.input.to(input.scalar_type()), grads.weight.to(weight.scalar_type()),
+          grads.bias.to(weight.scalar_type())};
+}
+
+using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Reduction none: grad_loss is [N].
+Backward backward(const at::Tensor& grad_loss, const at::Tensor& input, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t ignore_index,
+                  double label_smoothing, std::array<bool, 3> needs) {
+  check(input, weight, bias, target, label_smoothing, at::Reduction::None);
+  TORCH_CHECK(grad_loss.sizes() == target.sizes(), "linear_cross_entropy: grad_loss must be ", target.sizes(),
+              ", one a row of input, got ", grad_loss.sizes());
+  const auto type = accumulation_type(input.scalar_type());
+  const at::Tensor x = input.to(type);
+  const at::Tensor w = weight.to(type);
+  const at::Tensor b = bias.has_value() ? bias->to(type) : at::Tensor();
+  const at::Tensor t = target.contiguous();
+  // An ignored row's gradient is 0, whatever came in.
+  const at::Tensor g = grad_loss.to(type).masked_fill(t.eq(ignore_index), 0).unsqueeze(1);
+  Gradients grads(x, w, needs);
+  each_chunk(x, w, b, [&](int64_t first, at::Tensor& logits, const at::Tensor& part) {
+    loss_rows(logits, t.narrow(0, first, part.size(0)), ignore_index, label_smoothing, 1.0, true);
+    logits.mul_(g.narrow(0, first, part.size(0)));
+    grads.add(first, logits, part, w);
+  });
+  return {grads.input.to(input.scalar_type()), grads.weight.to(weight.scalar_type()),
+          grads.bias.to(weight.scalar_type())};
+}
+
+Backward backward_meta(const at::Tensor& grad_loss, const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t ignore_index,
+                       double label_smoothing, std::array<bool, 3> needs) {
+  const auto made = [](bool wanted, const at::Tensor& like, c10::SymIntArrayRef size) {
+    return wanted ? at::empty_symint(size, like.options()) : at::empty({0}, like.options());
+  };
+  return {made(needs[0], input, input.sym_sizes()), made(needs[1], weight, weight.sym_sizes()),
+          made(needs[2], weight, {weight.sym_size(0)})};
 }
 
 Result forward_meta(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -155,8 +219,11 @@ Result forward_meta(const at::Tensor& input, const at::Tensor& weight, const std
                     std::array<bool, 3> needs) {
   check(input, weight, bias, target, label_smoothing, reduction);
   const at::Tensor none = at::empty({0}, input.options());
+  const bool each = reduction == at::Reduction::None;
+  if (each) needs = {};
+  const auto wide = input.options().dtype(accumulation_type(input.scalar_type()));
   return {
-      at::empty({}, input.options().dtype(accumulation_type(input.scalar_type()))),
+      each ? at::empty_symint({input.sym_size(0)}, wide) : at::empty({}, wide),
       needs[0] ? at::empty_symint(input.sym_sizes(), input.options()) : none,
       needs[1] ? at::empty_symint(weight.sym_sizes(), weight.options()) : at::empty({0}, weight.options()),
       needs[2] ? at::empty_symint({weight.sym_size(0)}, weight.options()) : at::empty({0}, weight.options())};
@@ -179,6 +246,8 @@ TORCH_LIBRARY_FRAGMENT(remnant, m) {
          TORCH_FN(linear_cross_entropy_op));
   m.impl("linear_cross_entropy_forward", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(forward));
   m.impl("linear_cross_entropy_forward", c10::DispatchKey::Meta, TORCH_FN(forward_meta));
+  m.impl("linear_cross_entropy_backward", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(backward));
+  m.impl("linear_cross_entropy_backward", c10::DispatchKey::Meta, TORCH_FN(backward_meta));
 }
 
 }  // namespace ops
@@ -186,7 +255,11 @@ TORCH_LIBRARY_FRAGMENT(remnant, m) {
 at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                 int64_t ignore_index, double label_smoothing, int64_t reduction) {
-  return ops::linear_cross_entropy_op(input, weight, bias, target, ignore_index, label_smoothing, reduction);
+  // Through the dispatcher, where autocast sees it.
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::linear_cross_entropy", "")
+                             .typed<decltype(ops::linear_cross_entropy_op)>();
+  return op.call(input, weight, bias, target, ignore_index, label_smoothing, reduction);
 }
 
 }  // namespace remnant

@@ -421,8 +421,12 @@ at::Tensor multihead_attention(const at::Tensor& query, const std::optional<at::
                                const at::Tensor& in_weight, const std::optional<at::Tensor>& in_bias,
                                const at::Tensor& out_weight, const std::optional<at::Tensor>& out_bias,
                                const MultiheadAttentionCall& call) {
-  return ops::multihead_attention_op(query, memory, in_weight, in_bias, out_weight, out_bias, call.heads,
-                                     call.mask, call.causal, call.dropout, call.keep_output, call.generator);
+  // Through the dispatcher, where autocast sees it.
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::multihead_attention", "")
+                             .typed<decltype(ops::multihead_attention_op)>();
+  return op.call(query, memory, in_weight, in_bias, out_weight, out_bias, call.heads, call.mask, call.causal,
+                 call.dropout, call.keep_output, call.generator);
 }
 
 bool keeps_attention_output(int64_t keys, int64_t embed_dim) {

@@ -435,12 +435,20 @@ TORCH_LIBRARY_FRAGMENT(remnant, m) {
 
 at::Tensor layer_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                       const std::optional<at::Tensor>& bias, double eps) {
-  return ops::layer_norm_op(input, weight, bias, eps);
+  // Through the dispatcher, where autocast sees it.
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::layer_norm", "")
+                             .typed<decltype(ops::layer_norm_op)>();
+  return op.call(input, weight, bias, eps);
 }
 
 at::Tensor rms_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                     std::optional<double> eps) {
-  return ops::rms_norm_op(input, weight, eps);
+  // Through the dispatcher, where autocast sees it.
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::rms_norm", "")
+                             .typed<decltype(ops::rms_norm_op)>();
+  return op.call(input, weight, eps);
 }
 
 std::tuple<at::Tensor, at::Tensor> dropout_add_layer_norm(const at::Tensor& input, const at::Tensor& residual,
@@ -448,7 +456,11 @@ std::tuple<at::Tensor, at::Tensor> dropout_add_layer_norm(const at::Tensor& inpu
                                                           const std::optional<at::Tensor>& bias, double eps,
                                                           const std::optional<at::Generator>& generator,
                                                           bool need_sum) {
-  return ops::dropout_add_layer_norm_op(input, residual, p, weight, bias, eps, generator, need_sum);
+  // Through the dispatcher, where autocast sees it.
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::dropout_add_layer_norm", "")
+                             .typed<decltype(ops::dropout_add_layer_norm_op)>();
+  return op.call(input, residual, p, weight, bias, eps, generator, need_sum);
 }
 
 }  // namespace remnant

@@ -6,7 +6,9 @@
 
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <random>
 #include <string>
@@ -209,6 +211,138 @@ TEST_P(StepVariant, HalfTypesWidenAndNarrow) {
       } else {
         EXPECT_EQ(y[e], x[e]) << e;
       }
+    }
+  }
+}
+
+// Leaky ReLU's bits: y, then a gradient of ones.
+TEST_P(StepVariant, OneBitSaysWhatPasses) {
+  for (int64_t n : lengths()) {
+    auto x = random<float>(n, 1);
+    x[static_cast<size_t>(n / 2)] = 0;
+    std::vector<float> y(x.size()), g(x.size(), 1.0f), gx(x.size());
+    std::vector<uint8_t> codes(static_cast<size_t>(kernels::plane_bytes(n, 1)));
+    kernels::Activation p;
+    p.size = n;
+    p.slope = 0.25;
+    p.bits = 1;
+    p.x = x.data();
+    p.y = y.data();
+    p.codes = codes.data();
+    step().activation_forward(p, 0, n);
+    p.grad = g.data();
+    p.grad_x = gx.data();
+    step().activation_backward(p, 0, n);
+    for (int64_t e = 0; e < n; ++e) {
+      EXPECT_EQ(y[e], x[e] > 0 ? x[e] : x[e] * 0.25f) << n;
+      EXPECT_EQ(gx[e], x[e] > 0 ? 1.0f : 0.25f) << n;
+      EXPECT_EQ((codes[static_cast<size_t>(e / 8)] >> (e % 8)) & 1, x[e] > 0 ? 1 : 0) << n;
+    }
+  }
+}
+
+TEST_P(StepVariant, GeluEqualsItsFormula) {
+  for (int64_t n : lengths()) {
+    const auto x = random<float>(n, 1, -6, 6);
+    std::vector<float> y(x.size()), g(x.size(), 1.0f), gx(x.size());
+    kernels::Activation p;
+    p.kind = kernels::ActivationKind::gelu;
+    p.size = n;
+    p.x = x.data();
+    p.y = y.data();
+    step().activation_forward(p, 0, n);
+    p.grad = g.data();
+    p.grad_x = gx.data();
+    step().activation_backward(p, 0, n);
+    for (int64_t e = 0; e < n; ++e) {
+      const double v = x[e], below = 0.5 * std::erfc(-v / std::sqrt(2.0));
+      EXPECT_NEAR(y[e], v * below, 1e-6) << v;
+      EXPECT_NEAR(gx[e], below + v * std::exp(-v * v / 2) / std::sqrt(8 * std::atan(1.0)), 1e-6) << v;
+    }
+  }
+}
+
+TEST_P(StepVariant, FewBitsPickTheIntervalsLevel) {
+  for (int64_t bits = 2; bits <= 4; ++bits) {
+    const int64_t levels = int64_t{1} << bits;
+    std::vector<double> bounds, level;
+    for (int64_t k = 0; k + 1 < levels; ++k) bounds.push_back(-1.0 + 2.0 * (k + 0.5) / levels);
+    for (int64_t k = 0; k < levels; ++k) level.push_back(10.0 + k);
+    for (int64_t n : lengths()) {
+      auto x = random<float>(n, 1);
+      if (n > 70) x[70] = std::numeric_limits<float>::quiet_NaN();
+      std::vector<float> y(x.size()), g(x.size(), 2.0f), gx(x.size());
+      std::vector<uint8_t> codes(static_cast<size_t>(kernels::plane_bytes(n, bits) + kernels::mark_bytes(n)));
+      kernels::Activation p;
+      p.kind = kernels::ActivationKind::silu;
+      p.size = n;
+      p.bits = bits;
+      p.bounds = bounds.data();
+      p.levels = level.data();
+      p.x = x.data();
+      p.y = y.data();
+      p.codes = codes.data();
+      p.marks = codes.data() + kernels::plane_bytes(n, bits);
+      const int64_t cut = std::min(n, kernels::kMarkedElements);
+      step().activation_forward(p, 0, cut);
+      step().activation_forward(p, cut, n);
+      p.grad = g.data();
+      p.grad_x = gx.data();
+      step().activation_backward(p, cut, n);
+      step().activation_backward(p, 0, cut);
+      for (int64_t e = 0; e < n; ++e) {
+        if (n > 70 && e / 64 == 1) {
+          EXPECT_TRUE(std::isnan(gx[e]));
+          continue;
+        }
+        int64_t code = 0;
+        for (double b : bounds) code += x[e] > static_cast<float>(b) ? 1 : 0;
+        EXPECT_EQ(gx[e], 2.0f * static_cast<float>(level[code])) << n << " " << bits;
+      }
+    }
+  }
+}
+
+template <typename T>
+void compare_codes(const StepKernels& step, int64_t n, int64_t bits) {
+  const auto x = random<T>(n, 1, -2, 5);
+  std::vector<uint8_t> codes(static_cast<size_t>(kernels::code_bytes(n, bits)));
+  std::vector<uint16_t> table(static_cast<size_t>(2 * kernels::code_groups(n)));
+  std::vector<T> back(x.size());
+  kernels::LowBits p;
+  p.element = sizeof(T) == 8 ? Element::f64 : Element::f32;
+  p.size = n;
+  p.bits = bits;
+  p.x = x.data();
+  p.codes = codes.data();
+  p.table = table.data();
+  p.seed = {3, 4, 5};
+  const int64_t cut = std::min(n, 3 * kernels::kCodeGroup);
+  step.encode(p, cut, n);
+  step.encode(p, 0, cut);
+  p.y = back.data();
+  step.decode(p, 0, n);
+  const auto number = [](uint16_t half) {
+    return static_cast<double>(std::bit_cast<float>(uint32_t{half} << 16));
+  };
+  for (int64_t first = 0; first < n; first += kernels::kCodeGroup) {
+    const int64_t size = std::min(kernels::kCodeGroup, n - first);
+    const int64_t bytes = (size * bits + 7) / 8;
+    const double low = number(table[first / 32]), step_size = number(table[first / 32 + 1]);
+    for (int64_t e = 0; e < size; ++e) {
+      const uint8_t byte = codes[static_cast<size_t>(first * bits / 8 + e % bytes)];
+      const int64_t code = (byte >> (e / bytes * bits)) & ((1 << bits) - 1);
+      EXPECT_NEAR(back[first + e], low + step_size * static_cast<double>(code), 1e-5);
+      EXPECT_LE(std::abs(back[first + e] - x[first + e]), step_size * 1.001) << n << " " << bits;
+    }
+  }
+}
+
+TEST_P(StepVariant, CodesLieWhereTheLayoutSays) {
+  for (int64_t bits : {8, 4, 2}) {
+    for (int64_t n : lengths()) {
+      compare_codes<float>(step(), n, bits);
+      compare_codes<double>(step(), n, bits);
     }
   }
 }

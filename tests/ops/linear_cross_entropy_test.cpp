@@ -9,6 +9,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/randn_like.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -32,16 +33,17 @@ void compare(int64_t tokens, int64_t classes, double smoothing, int64_t reductio
   EXPECT_TRUE(at::allclose(loss, expected, tolerance, tolerance)) << loss << expected;
   std::vector<at::Tensor> inputs{x, w};
   if (with_bias) inputs.push_back(b);
-  // An upstream factor other than 1.
-  const auto have = torch::autograd::grad({loss * 3}, inputs);
-  const auto want = torch::autograd::grad({expected * 3}, inputs);
+  // Upstream factors other than 1, of either sign where there are several.
+  const at::Tensor factor = at::randn_like(loss) * 3;
+  const auto have = torch::autograd::grad({loss}, inputs, {factor});
+  const auto want = torch::autograd::grad({expected}, inputs, {factor});
   for (size_t i = 0; i < inputs.size(); ++i) {
     EXPECT_TRUE(at::allclose(have[i], want[i], tolerance, tolerance)) << i;
   }
 }
 
 TEST(LinearCrossEntropy, EqualsLinearThenCrossEntropy) {
-  for (int64_t reduction : {at::Reduction::Mean, at::Reduction::Sum}) {
+  for (int64_t reduction : {at::Reduction::None, at::Reduction::Mean, at::Reduction::Sum}) {
     for (double smoothing : {0.0, 0.1}) {
       compare(1, 2, smoothing, reduction, true, at::kDouble, 1e-10);
       compare(70, 33, smoothing, reduction, false, at::kDouble, 1e-10);
@@ -57,9 +59,11 @@ TEST(LinearCrossEntropy, NeverMakesTheWholeLogits) {
   const at::Tensor x = at::randn({tokens, 16}).requires_grad_();
   const at::Tensor w = at::randn({classes, 16}).requires_grad_();
   const at::Tensor target = at::randint(0, classes, {tokens});
-  memory::PeakMeter meter;
-  linear_cross_entropy(x, w, std::nullopt, target).backward();
-  EXPECT_LT(meter.peak_bytes(), tokens * classes * 4 / 8);
+  for (int64_t reduction : {at::Reduction::None, at::Reduction::Mean}) {
+    memory::PeakMeter meter;
+    linear_cross_entropy(x, w, std::nullopt, target, -100, 0.0, reduction).sum().backward();
+    EXPECT_LT(meter.peak_bytes(), tokens * classes * 4 / 8);
+  }
 }
 
 TEST(LinearCrossEntropy, EmptyAndIgnored) {
@@ -71,6 +75,19 @@ TEST(LinearCrossEntropy, EmptyAndIgnored) {
                                  at::Reduction::Sum)
                 .item<float>(),
             0.0f);
+}
+
+TEST(LinearCrossEntropy, AnIgnoredRowHasNoGradientWhateverArrives) {
+  const at::Tensor x = at::randn({2, 3}).requires_grad_(), w = at::randn({5, 3});
+  const at::Tensor target = at::ones({2}, at::kLong);
+  target[0] = -100;
+  const at::Tensor losses = linear_cross_entropy(x, w, std::nullopt, target, -100, 0.0, at::Reduction::None);
+  EXPECT_EQ(losses[0].item<float>(), 0.0f);
+  at::Tensor arriving = at::ones({2});
+  arriving[0] = std::numeric_limits<float>::quiet_NaN();
+  const at::Tensor grad = torch::autograd::grad({losses}, {x}, {arriving})[0];
+  EXPECT_TRUE((grad[0] == 0).all().item<bool>());
+  EXPECT_TRUE(grad[1].isfinite().all().item<bool>());
 }
 
 TEST(LinearCrossEntropy, MistakesAreNamed) {

@@ -5,6 +5,7 @@
 #include <remnant/ops/attention.h>
 #include <remnant/ops/dropout.h>
 #include <remnant/ops/dropout_add.h>
+#include <remnant/ops/linear.h>
 #include <remnant/ops/linear_cross_entropy.h>
 #include <remnant/ops/norm.h>
 #include <remnant/ops/softmax_approximation.h>
@@ -15,6 +16,8 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
+
+#include <string>
 
 namespace remnant {
 namespace {
@@ -156,6 +159,33 @@ TEST(MemoryTable, Activations) {
   }
 }
 
+TEST(MemoryTable, Linear) {
+  EXPECT_EQ(linear_code_bytes(1000, 4), 500 + 16 * 4);
+  EXPECT_EQ(linear_code_bytes(33, 2), 9 + 4);
+  for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    const auto options = at::TensorOptions().dtype(type);
+    const int64_t element = static_cast<int64_t>(c10::elementSize(type));
+    const at::Tensor x = at::randn({30, 33}, options).requires_grad_();
+    const at::Tensor made = x * 2;
+    const at::Tensor w = at::randn({20, 33}, options).requires_grad_();
+    const at::Tensor b = at::randn({20}, options).requires_grad_();
+    EXPECT_EQ(memory::kept_bytes({remnant::linear(made, w, b)}), 30 * 33 * element);
+    for (const int64_t bits : {8, 4, 2}) {
+      const std::string policy = "quantized:bits=" + std::to_string(bits);
+      const int64_t codes = linear_code_bytes(30 * 33, bits);
+      const at::Tensor query = remnant::linear(made, w, b, policy);
+      EXPECT_EQ(memory::kept_bytes({query}), codes);
+      // A second and a third reader add nothing.
+      const at::Tensor key = remnant::linear(made, w, b, policy);
+      const at::Tensor value = remnant::linear(made.view({5, 6, 33}), w, b, policy);
+      EXPECT_EQ(memory::kept_bytes({query, key, value}), codes);
+      // Frozen weight: no codes; frozen input: no weight, which is a leaf and not counted anyway.
+      EXPECT_EQ(memory::kept_bytes({remnant::linear(made, w.detach(), b, policy)}), 20 * 33 * element);
+      EXPECT_EQ(memory::kept_bytes({remnant::linear(x.detach() * 3, w, b, policy)}), codes);
+    }
+  }
+}
+
 TEST(MemoryTable, LinearCrossEntropy) {
   const at::Tensor x = at::randn({50, 8}).requires_grad_();
   const at::Tensor w = at::randn({700, 8}).requires_grad_();
@@ -163,6 +193,11 @@ TEST(MemoryTable, LinearCrossEntropy) {
   const at::Tensor target = at::randint(0, 700, {50});
   EXPECT_EQ(memory::kept_bytes({linear_cross_entropy(x, w, b, target)}), 4 * (50 * 8 + 700 * 8 + 700));
   EXPECT_EQ(memory::kept_bytes({linear_cross_entropy(x, w.detach(), b.detach(), target)}), 4 * 50 * 8);
+  // Reduction none: input, which some layer made, and the target.
+  const at::Tensor made = x * 2;
+  const at::Tensor losses = linear_cross_entropy(made, w, b, target, -100, 0.0, at::Reduction::None);
+  EXPECT_EQ(memory::kept_bytes({losses}), 4 * 50 * 8 + 50 * 8);
+  EXPECT_EQ(memory::kept_bytes({losses}, {made, target}), 0);
 }
 
 TEST(MemoryTable, RecomputeForwardNeverAllocatesTheWholeMatrix) {

@@ -191,6 +191,38 @@ def test_activations(requires_grad):
         opcheck(ops.activation_backward.default, (torch.randn(3, 43), kept, codes, kind, 0.1, bits))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_linear(requires_grad):
+    x, weight = (torch.randn(size, 40, requires_grad=requires_grad) for size in (7, 5))
+    bias = torch.randn(5, requires_grad=requires_grad)
+    opcheck(ops.linear.default, (x, weight, bias))
+    opcheck(ops.linear.default, (x, weight, bias, "quantized:bits=4"), test_utils=UTILITIES)
+    opcheck(ops.linear_coded.default, (x, weight, None, 8), test_utils=UTILITIES)
+    x, weight = x.detach(), weight.detach()
+    seed = ops.draw_seed(x)
+    for bits in (8, 4, 2):
+        opcheck(ops.encode.default, (x, seed, bits))
+        codes, table = ops.encode(x, seed, bits)
+        opcheck(ops.decode.default, (codes, table, bits, [7, 40], torch.float32))
+        for needs in ([True, True, True], [False, True, False], [True, False, False], [False, False, True]):
+            kept = (codes, table) if needs[1] else (None, None)
+            opcheck(
+                ops.linear_coded_backward.default,
+                (torch.randn(7, 5), *kept, weight if needs[0] else None, 40, bits, needs),
+            )
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_linear_cross_entropy(requires_grad):
+    x, weight, bias = (torch.randn(*size, requires_grad=requires_grad) for size in ((7, 8), (11, 8), (11,)))
+    target = torch.randint(0, 11, (7,))
+    for reduction in (0, 1, 2):
+        opcheck(ops.linear_cross_entropy.default, (x, weight, bias, target, -100, 0.1, reduction))
+    arguments = (x.detach(), weight.detach(), bias.detach(), target, -100, 0.1)
+    for needs in ([True, True, True], [False, True, False]):
+        opcheck(ops.linear_cross_entropy_backward.default, (torch.randn(7), *arguments, needs))
+
+
 # --- torch.compile ---------------------------------------------------------------------------------
 
 
@@ -271,6 +303,12 @@ def test_compiled_norms():
         lambda x, r, w, b: remnant.dropout_add_layer_norm(x * 2, r, 0.3, w, b), x, residual, weight, bias
     )
     compare_compiled(lambda x, r: remnant.dropout_add(x * 2, r, 0.3), x, residual, dynamic=True)
+
+
+def test_compiled_linear():
+    x, weight, bias = (torch.randn(*size, requires_grad=True) for size in ((7, 40), (5, 40), (5,)))
+    for policy in ("exact", "quantized:bits=8"):
+        compare_compiled(lambda x, w, b, p=policy: remnant.linear(x * 2, w, b, policy=p), x, weight, bias, dynamic=True)
 
 
 def test_compiled_activations():

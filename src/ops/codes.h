@@ -1,0 +1,27 @@
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+/// Low-bit storage of any floating tensor: groups of 64 elements in memory order, the last of any size, at 8,
+/// 4 or 2 bits by stochastic rounding. kernels::LowBits has the layout.
+namespace remnant::ops {
+
+struct Codes {
+  at::Tensor codes;  ///< uint8 [ceil(n bits / 8)]
+  at::Tensor table;  ///< bfloat16 [ceil(n / 64), 2]: a group's minimum and step
+};
+
+/// E[decode(encode(x))] = x, up to 2^-17 of a step. Draws a seed from the generator.
+Codes encode(const at::Tensor& x, int64_t bits, const std::optional<at::Generator>& generator);
+/// The same, or the codes that a living reader of x has already: x's storage, place, version and bits.
+Codes shared_codes(const at::Tensor& x, int64_t bits, const std::optional<at::Generator>& generator);
+/// Elements [first, first + out.numel()) of a tensor of `size` into `out`, contiguous; `first` a multiple of
+/// 64.
+void decode_into(const Codes& kept, int64_t bits, int64_t size, int64_t first, at::Tensor& out);
+
+}  // namespace remnant::ops
