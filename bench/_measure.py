@@ -52,7 +52,7 @@ def kept_bytes(forward, inputs):
 
     def pack(x):
         storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+        return x.detach()  # a node's own output would hold the node, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = forward()

@@ -109,7 +109,8 @@ class Language final : public Model {
       : tokens_(at::randint(0, kCharacters, {batch, length})),
         next_(at::randint(0, kCharacters, {batch * length})),
         position_(embedding("position", length)),
-        lean_(!memory.norm_input) {
+        lean_(!memory.norm_input),
+        bits_(memory.bits) {
     const auto options = TransformerLayerOptions(kDim, 4)
                              .dim_feedforward(1024)
                              .dropout(kDropout)
@@ -128,7 +129,9 @@ class Language final : public Model {
     for (const auto& layer : *layers_) {
       x = layer->as<remnant::nn::TransformerEncoderLayer>()->forward(x, {}, {}, /*is_causal=*/true);
     }
-    x = lean_ ? remnant::layer_norm(x, norm_->weight, norm_->bias, norm_->options.eps()) : norm_(x);
+    x = lean_ ? remnant::layer_norm(x, norm_->weight, norm_->bias, norm_->options.eps(),
+                                    bits_ > 0 ? "quantized:bits=" + std::to_string(bits_) : "exact")
+              : norm_(x);
     return remnant::linear_cross_entropy(x.flatten(0, 1), output_->weight, output_->bias, next_);
   }
 
@@ -139,6 +142,7 @@ class Language final : public Model {
   torch::nn::LayerNorm norm_ = nullptr;
   torch::nn::Linear output_ = nullptr;
   bool lean_;
+  int64_t bits_;
 };
 
 class Trainer {

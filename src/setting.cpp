@@ -15,7 +15,7 @@ namespace remnant {
 
 namespace {
 
-constexpr const char* kForms = "eager, exact, budget=60MB";
+constexpr const char* kForms = "eager, exact, unbiased:bits=4, budget=60MB";
 
 constexpr std::array<std::pair<const char*, double>, 7> kUnits{
     {{"B", 1}, {"kB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"KiB", 1024}, {"MiB", 1048576}, {"GiB", 1073741824}}};
@@ -45,6 +45,12 @@ Memory Memory::eager() { return {.kind = Kind::eager}; }
 
 Memory Memory::exact() { return {.kind = Kind::exact}; }
 
+Memory Memory::unbiased(int64_t bits) {
+  TORCH_CHECK(bits == 8 || bits == 4 || bits == 2, "memory setting: unbiased takes 8, 4 or 2 bits, got ",
+              bits);
+  return {.kind = Kind::unbiased, .bits = bits};
+}
+
 Memory Memory::budget(int64_t bytes) {
   TORCH_CHECK(bytes > 0, "memory setting: a budget must be at least 1 B, got ", bytes);
   return {.kind = Kind::budget, .bytes = bytes};
@@ -55,9 +61,17 @@ Memory Memory::parse(std::string_view text) {
   if (text == "exact") return exact();
   constexpr std::string_view budget_form = "budget=";
   if (text.starts_with(budget_form)) return budget(parse_bytes(text.substr(budget_form.size())));
+  constexpr std::string_view unbiased_form = "unbiased:bits=";
+  if (text.starts_with(unbiased_form)) {
+    const std::string_view number = text.substr(unbiased_form.size());
+    const bool known = number == "8" || number == "4" || number == "2";
+    TORCH_CHECK(known, "memory setting: unbiased takes 8, 4 or 2 bits, as in unbiased:bits=4, got '", text,
+                "'");
+    return unbiased(number.front() - '0');
+  }
   const std::string_view name = text.substr(0, text.find_first_of(":="));
-  TORCH_CHECK(false, "unknown memory setting '", text, "'", suggestion(name, {"eager", "exact", "budget"}),
-              "; settings are written ", kForms);
+  TORCH_CHECK(false, "unknown memory setting '", text, "'",
+              suggestion(name, {"eager", "exact", "unbiased", "budget"}), "; settings are written ", kForms);
 }
 
 std::string Memory::str() const {
@@ -66,6 +80,8 @@ std::string Memory::str() const {
       return "eager";
     case Kind::exact:
       return "exact";
+    case Kind::unbiased:
+      return "unbiased:bits=" + std::to_string(bits);
     case Kind::budget:
       break;
   }
@@ -83,9 +99,13 @@ LayerMemory::LayerMemory(const Memory& memory) {
     noise = true;
     return;
   }
+  norm_input = false;
+  if (memory.kind == Memory::Kind::unbiased) {
+    bits = memory.bits;
+    return;
+  }
   attention = AttentionKeep::automatic;
   hidden = false;
-  norm_input = false;
 }
 
 LayerMemory LayerMemory::parse(std::string_view text) {
@@ -95,7 +115,10 @@ LayerMemory LayerMemory::parse(std::string_view text) {
     memory.checkpoint = true;
     return memory;
   }
-  if (text.find('=') == std::string_view::npos || text.starts_with("budget")) return Memory::parse(text);
+  if (text.find('=') == std::string_view::npos || text.starts_with("budget") ||
+      text.starts_with("unbiased")) {
+    return Memory::parse(text);
+  }
   while (!text.empty()) {
     const std::string_view part = text.substr(0, text.find(','));
     text.remove_prefix(std::min(text.size(), part.size() + 1));
@@ -118,12 +141,20 @@ LayerMemory LayerMemory::parse(std::string_view text) {
       memory.noise = choose("seed", "noise");
     } else if (name == "norm") {
       memory.norm_input = choose("output", "input");
+    } else if (name == "bits") {
+      TORCH_CHECK(value == "0" || value == "2" || value == "4" || value == "8",
+                  "layer memory: bits must be 0, 2, 4 or 8, got '", value, "'");
+      memory.bits = value.front() - '0';
     } else {
       TORCH_CHECK(false, "layer memory: unknown part '", part, "'",
-                  suggestion(name, {"attention", "hidden", "dropout", "norm"}),
+                  suggestion(name, {"attention", "hidden", "dropout", "norm", "bits"}),
                   "; written as in attention=input,hidden=recompute,dropout=seed,norm=output");
     }
   }
+  TORCH_CHECK(
+      memory.bits == 0 || memory == LayerMemory(Memory::unbiased(memory.bits)),
+      "layer memory: bits needs attention=projections, hidden=keep, dropout=seed and norm=output, got '",
+      memory.str(), "'");
   return memory;
 }
 
@@ -133,6 +164,7 @@ std::string LayerMemory::str() const {
   text += hidden ? ",hidden=keep" : ",hidden=recompute";
   text += noise ? ",dropout=noise" : ",dropout=seed";
   text += norm_input ? ",norm=input" : ",norm=output";
+  if (bits > 0) text += ",bits=" + std::to_string(bits);
   return text;
 }
 

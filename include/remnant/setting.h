@@ -8,20 +8,23 @@
 
 namespace remnant {
 
-/// What a whole model keeps for backward; written `eager`, `exact`, `budget=60MB`
-/// (programs'
-/// `--memory`, Python's `memory=`).
+/// What a whole model keeps for backward; written `eager`, `exact`, `unbiased:bits=4`,
+/// `budget=60MB` (programs' `--memory`, Python's `memory=`).
 struct REMNANT_API Memory {
   enum class Kind {
-    eager,   ///< what PyTorch keeps: the "off" switch.
-    exact,   ///< gradients equal eager's up to rounding; what can be made again from little is.
-    budget,  ///< exact gradients, and `plan` chooses layer by layer so that a step's peak fits `bytes`.
+    eager,     ///< what PyTorch keeps: the "off" switch.
+    exact,     ///< gradients equal eager's up to rounding; what can be made again from little is.
+    unbiased,  ///< codes at `bits` by stochastic rounding; docs/numerics.md has what little bias is left.
+    budget,    ///< exact gradients, and `plan` chooses layer by layer so that a step's peak fits `bytes`.
   };
   Kind kind = Kind::exact;
   int64_t bytes = 0;  ///< budget: peak of a step beyond parameters, gradients and optimizer state
+  int64_t bits = 0;   ///< unbiased: 8, 4 or 2 an element
 
   static Memory eager();
   static Memory exact();
+  /// Throws c10::Error unless bits is 8, 4 or 2.
+  static Memory unbiased(int64_t bits);
   /// Throws c10::Error unless bytes is positive.
   static Memory budget(int64_t bytes);
 
@@ -63,10 +66,14 @@ struct REMNANT_API LayerMemory {
   bool norm_input = true;
   /// Keeps the layer's input alone and runs the layer again in backward.
   bool checkpoint = false;
+  /// 0, or 8, 4 or 2: in training everything that the above keep is codes of so many bits by stochastic
+  /// rounding, queries and keys of 8; no product but attention's is computed again. Needs
+  /// attention=projections, hidden=keep, dropout=seed and norm=output.
+  int64_t bits = 0;
 
   /// Reads the written form, any of attention=eager|projections|output|input|automatic,
-  /// hidden=keep|recompute, dropout=noise|seed and norm=input|output behind commas, or `checkpoint` or a
-  /// Memory setting by itself. Throws c10::Error with one sentence.
+  /// hidden=keep|recompute, dropout=noise|seed, norm=input|output and bits=0|2|4|8 behind commas, or
+  /// `checkpoint` or a Memory setting by itself. Throws c10::Error with one sentence.
   static LayerMemory parse(std::string_view text);
   /// The written form; parse(str()) gives the same.
   std::string str() const;

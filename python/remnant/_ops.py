@@ -21,6 +21,7 @@ def attention(
     window: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     need_weights: bool = False,
+    bits: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query key^T + mask), dropout, times value, without keeping the softmax's output.
 
@@ -49,6 +50,8 @@ def attention(
         window: (left, right): query i attends keys i - left <= j <= i + right; -1: no bound on that side.
         generator: source of the seeds of dropout, rounding and key draws; the device's default generator when None.
         need_weights: also return the weights before dropout, detached.
+        bits: 0, or 8, 4 or 2: value and output are kept at so many bits an element, query and key at 8, by
+            stochastic rounding. Policy "recompute" without weights only.
 
     Returns:
         [B, H, Nq, Dv] in query's dtype; with need_weights also the weights, [B, H, Nq, Nk]. A row with no
@@ -61,6 +64,10 @@ def attention(
         RuntimeError: shapes, dtypes, devices or options that do not fit, naming the argument, what was
             expected and what was got; a double backward under any policy but "exact".
     """
+    if bits != 0:
+        if policy != "recompute" or need_weights:
+            raise ValueError(f"attention: bits needs policy 'recompute' without need_weights, got {policy!r}")
+        return _ops.attention_coded(query, key, value, mask, causal, dropout, scale, window, bits, generator)
     op = _ops.attention_with_weights if need_weights else _ops.attention
     return op(query, key, value, mask, causal, dropout, scale, policy, window, generator)
 
@@ -167,7 +174,12 @@ def dropout_add(
 
 
 def layer_norm(
-    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    policy: str = "exact",
 ) -> Tensor:
     """LayerNorm over the last dimension that keeps its output instead of its input.
 
@@ -176,6 +188,9 @@ def layer_norm(
         weight: [C] or None; input's dtype, or float32 beside a half type.
         bias: as weight.
         eps: added to the variance.
+        policy: "exact", or "quantized:bits=8", 4 or 2: codes of the output stand for it, the same that linear
+            keeps of it at as many bits. Gradients of weight and bias stay unbiased, input's up to the codes'
+            variance over C.
 
     Returns:
         input's shape and dtype; computed in float32 (float64 for float64).
@@ -188,16 +203,19 @@ def layer_norm(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit, or a double backward.
     """
-    return _ops.layer_norm(input, weight, bias, eps)
+    return _ops.layer_norm(input, weight, bias, eps, policy)
 
 
-def rms_norm(input: Tensor, weight: Tensor | None = None, *, eps: float | None = None) -> Tensor:
+def rms_norm(
+    input: Tensor, weight: Tensor | None = None, *, eps: float | None = None, policy: str = "exact"
+) -> Tensor:
     """RMSNorm over the last dimension, input / sqrt(mean(input ** 2) + eps) * weight.
 
     Args:
         input: as in layer_norm.
         weight: as in layer_norm.
         eps: added to the mean square; the machine epsilon of the type that is computed in when None.
+        policy: as in layer_norm.
 
     Returns:
         input's shape and dtype.
@@ -207,7 +225,7 @@ def rms_norm(input: Tensor, weight: Tensor | None = None, *, eps: float | None =
     Raises:
         RuntimeError: as layer_norm.
     """
-    return _ops.rms_norm(input, weight, eps)
+    return _ops.rms_norm(input, weight, eps, policy)
 
 
 def dropout_add_layer_norm(
@@ -220,6 +238,7 @@ def dropout_add_layer_norm(
     eps: float = 1e-5,
     generator: torch.Generator | None = None,
     need_sum: bool = True,
+    policy: str = "exact",
 ) -> tuple[Tensor, Tensor] | Tensor:
     """The sum residual + dropout(input, p) and its layer_norm, one pass forward and one backward.
 
@@ -230,6 +249,7 @@ def dropout_add_layer_norm(
         weight, bias, eps: as in layer_norm.
         generator: source of the seed; the device's default generator when None.
         need_sum: also return the sum, as pre-norm layers need; post-norm layers do without.
+        policy: as in layer_norm.
 
     Returns:
         (layer_norm(sum), sum), or layer_norm(sum) alone; input's shape and dtype.
@@ -239,7 +259,7 @@ def dropout_add_layer_norm(
     Raises:
         RuntimeError: as layer_norm and dropout_add.
     """
-    output, total = _ops.dropout_add_layer_norm(input, residual, p, weight, bias, eps, generator, need_sum)
+    output, total = _ops.dropout_add_layer_norm(input, residual, p, weight, bias, eps, generator, need_sum, policy)
     return (output, total) if need_sum else output
 
 
@@ -290,6 +310,7 @@ def gelu(input: Tensor, *, approximate: str = "none", policy: str = "exact") -> 
             "exact": the input.
             "fewbit:bits=4": 2, 3 or 4 bits an element, the interval that it lies in; the gradient takes the
                 interval's mean derivative, which is biased (docs/numerics.md has the error).
+            "quantized:bits=4": 8, 4 or 2 bits an element, the derivative by stochastic rounding; unbiased.
 
     Returns:
         input's shape and dtype.

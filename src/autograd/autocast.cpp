@@ -65,6 +65,16 @@ at::Tensor attention_packed(const at::Tensor& query, const at::Tensor& key, cons
                  policy, window, generator);
 }
 
+at::Tensor attention_coded(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                           const OptionalTensor& mask, bool causal, double dropout,
+                           std::optional<double> scale, at::OptionalIntArrayRef window, int64_t bits,
+                           const OptionalGenerator& generator) {
+  static const auto op = find<decltype(attention_coded)>("remnant::attention_coded");
+  const Below guard(kKey);
+  return op.call(lower(query), lower(key), lower(value), mask, causal, dropout, scale, window, bits,
+                 generator);
+}
+
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                   c10::string_view policy, const OptionalGenerator& generator) {
   static const auto op = find<decltype(linear)>("remnant::linear");
@@ -109,16 +119,17 @@ OptionalTensor norm_parameter(const at::Tensor& input, const OptionalTensor& x) 
 }
 
 at::Tensor layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                      double eps) {
+                      double eps, c10::string_view policy) {
   static const auto op = find<decltype(layer_norm)>("remnant::layer_norm");
   const Below guard(kKey);
-  return op.call(input, norm_parameter(input, weight), norm_parameter(input, bias), eps);
+  return op.call(input, norm_parameter(input, weight), norm_parameter(input, bias), eps, policy);
 }
 
-at::Tensor rms_norm(const at::Tensor& input, const OptionalTensor& weight, std::optional<double> eps) {
+at::Tensor rms_norm(const at::Tensor& input, const OptionalTensor& weight, std::optional<double> eps,
+                    c10::string_view policy) {
   static const auto op = find<decltype(rms_norm)>("remnant::rms_norm");
   const Below guard(kKey);
-  return op.call(input, norm_parameter(input, weight), eps);
+  return op.call(input, norm_parameter(input, weight), eps, policy);
 }
 
 at::Tensor dropout_add(const at::Tensor& input, const at::Tensor& residual, double p,
@@ -132,13 +143,14 @@ at::Tensor dropout_add(const at::Tensor& input, const at::Tensor& residual, doub
 std::tuple<at::Tensor, at::Tensor> dropout_add_layer_norm(const at::Tensor& input, const at::Tensor& residual,
                                                           double p, const OptionalTensor& weight,
                                                           const OptionalTensor& bias, double eps,
-                                                          const OptionalGenerator& generator, bool need_sum) {
+                                                          const OptionalGenerator& generator, bool need_sum,
+                                                          c10::string_view policy) {
   static const auto op = find<decltype(dropout_add_layer_norm)>("remnant::dropout_add_layer_norm");
   const Below guard(kKey);
   const auto type = c10::promoteTypes(input.scalar_type(), residual.scalar_type());
   const at::Tensor x = cast(type, input);
   return op.call(x, cast(type, residual), p, norm_parameter(x, weight), norm_parameter(x, bias), eps,
-                 generator, need_sum);
+                 generator, need_sum, policy);
 }
 
 }  // namespace
@@ -146,6 +158,7 @@ std::tuple<at::Tensor, at::Tensor> dropout_add_layer_norm(const at::Tensor& inpu
 TORCH_LIBRARY_IMPL(remnant, AutocastCPU, m) {
   m.impl("attention", TORCH_FN(attention));
   m.impl("attention_with_weights", TORCH_FN(attention_with_weights));
+  m.impl("attention_coded", TORCH_FN(attention_coded));
   m.impl("attention_packed", TORCH_FN(attention_packed));
   m.impl("linear", TORCH_FN(linear));
   m.impl("feed_forward", TORCH_FN(feed_forward));

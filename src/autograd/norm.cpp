@@ -1,4 +1,5 @@
 #include "ops/attention_common.h"
+#include "ops/codes.h"
 #include "ops/step_common.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -17,7 +18,8 @@ using torch::autograd::variable_list;
 using OptionalTensor = std::optional<at::Tensor>;
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Forward = Result(const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                       const OptionalTensor&, double, double, bool, bool, bool, at::IntArrayRef, bool);
+                       const OptionalTensor&, double, double, bool, bool, bool, at::IntArrayRef, bool,
+                       int64_t);
 using Backward = Result(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                         const OptionalTensor&, const at::Tensor&, const OptionalTensor&,
                         const OptionalTensor&, const OptionalTensor&, double, bool, at::IntArrayRef,
@@ -52,18 +54,22 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const OptionalTensor& residual,
                                const OptionalTensor& weight, const OptionalTensor& bias,
                                const OptionalTensor& seed, double p, double eps, bool center, bool need_sum,
-                               std::array<bool, 4> needs) {
+                               int64_t bits, std::array<bool, 4> needs) {
     // x^ is what every gradient but bias's needs.
     const bool keep = needs[0] || needs[1] || needs[2];
     const auto hidden = keep ? ops::hidden_columns(input, weight, bias) : ops::HiddenColumns{};
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [output, sum, rstd, aside] = forward_op().call(
-        input, residual, weight, bias, seed, p, eps, center, need_sum, keep, hidden.list, hidden.all);
+        input, residual, weight, bias, seed, p, eps, center, need_sum, keep, hidden.list, hidden.all, bits);
     const bool normalised = keep && !hidden.all;
     const bool rows = needs[0] || needs[1];
     const auto when = [](bool wanted, const OptionalTensor& x) { return wanted && x ? *x : at::Tensor(); };
-    ctx->save_for_backward({when(normalised, output), when(rows, rstd), keep ? aside : at::Tensor(),
-                            when(keep, weight), when(normalised, bias), when(needs[0], seed)});
+    ops::Codes kept;
+    if (normalised && bits > 0) kept = ops::shared_codes(output, bits, std::nullopt);
+    ctx->save_for_backward({when(normalised && bits == 0, output), when(rows, rstd),
+                            keep ? aside : at::Tensor(), when(keep, weight), when(normalised, bias),
+                            when(needs[0], seed), kept.codes, kept.table});
+    ctx->saved_data["bits"] = bits;
     ctx->saved_data["p"] = p;
     ctx->saved_data["center"] = center;
     ctx->saved_data["hidden"] = hidden.list;
@@ -75,7 +81,7 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(10);
+    variable_list result(11);
     const auto wanted = ctx->saved_data["needs"].toBoolList();
     const std::array<bool, 4> needs{wanted[0], wanted[1], wanted[2], wanted[3]};
     const variable_list saved = ctx->get_saved_variables();
@@ -97,8 +103,12 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
       return result;
     }
     const auto hidden = ctx->saved_data["hidden"].toIntVector();
+    const at::Tensor output = saved[6].defined()
+                                  ? ops::decode({saved[6], saved[7]}, ctx->saved_data["bits"].toInt(),
+                                                grads[0].sym_sizes(), grads[0].scalar_type())
+                                  : saved[0];
     const auto [grad_input, grad_residual, grad_weight, grad_bias] = backward_op().call(
-        grads[0], optional(grads[1]), optional(saved[0]), optional(saved[1]), saved[2], optional(saved[3]),
+        grads[0], optional(grads[1]), optional(output), optional(saved[1]), saved[2], optional(saved[3]),
         optional(saved[4]), optional(saved[5]), p, ctx->saved_data["center"].toBool(), hidden, needs);
     if (needs[0]) result[0] = grad_input;
     if (needs[1]) result[1] = grad_residual;
@@ -110,16 +120,18 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
 
 Result forward_autograd(const at::Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& seed, double p, double eps,
-                        bool center, bool need_sum, bool keep, at::IntArrayRef hidden, bool all_hidden) {
+                        bool center, bool need_sum, bool keep, at::IntArrayRef hidden, bool all_hidden,
+                        int64_t bits) {
   const auto needs_gradient = [](const OptionalTensor& x) { return x.has_value() && x->requires_grad(); };
   const std::array<bool, 4> needs{input.requires_grad(), needs_gradient(residual), needs_gradient(weight),
                                   needs_gradient(bias)};
   if (!at::GradMode::is_enabled() || !(needs[0] || needs[1] || needs[2] || needs[3])) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return forward_op().call(input, residual, weight, bias, seed, p, eps, center, need_sum, keep, hidden,
-                             all_hidden);
+                             all_hidden, bits);
   }
-  auto outputs = NormFunction::apply(input, residual, weight, bias, seed, p, eps, center, need_sum, needs);
+  auto outputs =
+      NormFunction::apply(input, residual, weight, bias, seed, p, eps, center, need_sum, bits, needs);
   return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
 

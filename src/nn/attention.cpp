@@ -1,6 +1,7 @@
 #include <remnant/memory.h>
 #include <remnant/nn/attention.h>
 #include <remnant/ops/attention.h>
+#include <remnant/ops/linear.h>
 #include <remnant/ops/multihead_attention.h>
 #include <torch/nn/init.h>
 
@@ -19,9 +20,11 @@
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <ostream>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -93,10 +96,6 @@ void check_mask_dtype(const Tensor& mask, const char* argument) {
               mask.scalar_type(), "; convert it with .to(at::kBool)");
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  return at::linear(x, weight, bias.defined() ? std::make_optional(bias) : std::nullopt);
-}
-
 /// [B, N, E] or [N, B, E] to [B, H, N, D], a view.
 Tensor split_heads(const Tensor& x, int64_t num_heads, bool batch_first) {
   const Tensor heads = x.unflatten(-1, {num_heads, -1});
@@ -113,13 +112,27 @@ Tensor bias_part(const Tensor& in_proj_bias, int64_t first, int64_t count) {
   return in_proj_bias.narrow(0, first * embed_dim, count * embed_dim);
 }
 
+/// The bits that a module's products keep their input at, 0 for all of it.
+int64_t kept_bits(const MultiheadAttentionImpl& module) {
+  return module.is_training() && module.options.policy().kind == PolicyKind::recompute ? module.options.bits()
+                                                                                       : 0;
+}
+
+Tensor project(const MultiheadAttentionImpl& module, const Tensor& x, const Tensor& weight,
+               const Tensor& bias) {
+  const int64_t bits = kept_bits(module);
+  const auto given = bias.defined() ? std::make_optional(bias) : std::nullopt;
+  return bits == 0 ? at::linear(x, weight, given)
+                   : remnant::linear(x, weight, given, "quantized:bits=" + std::to_string(bits));
+}
+
 /// Rows `first` to `first + count` of the three stacked projections, applied in one product.
 std::vector<Tensor> project_packed(const MultiheadAttentionImpl& module, const Tensor& x, int64_t first,
                                    int64_t count) {
-  if (count == 3) return linear(x, module.in_proj_weight, module.in_proj_bias).chunk(3, -1);
+  if (count == 3) return project(module, x, module.in_proj_weight, module.in_proj_bias).chunk(3, -1);
   const int64_t embed_dim = module.options.embed_dim();
   const Tensor weight = module.in_proj_weight.narrow(0, first * embed_dim, count * embed_dim);
-  return linear(x, weight, bias_part(module.in_proj_bias, first, count)).chunk(count, -1);
+  return project(module, x, weight, bias_part(module.in_proj_bias, first, count)).chunk(count, -1);
 }
 
 /// Inputs that are one tensor go through one product, as in PyTorch.
@@ -128,9 +141,9 @@ Heads project(const MultiheadAttentionImpl& module, const Tensor& query, const T
   const bool shared_memory = key.is_same(value);
   std::vector<Tensor> parts;
   if (!module.in_proj_weight.defined()) {
-    parts = {linear(query, module.q_proj_weight, bias_part(module.in_proj_bias, 0, 1)),
-             linear(key, module.k_proj_weight, bias_part(module.in_proj_bias, 1, 1)),
-             linear(value, module.v_proj_weight, bias_part(module.in_proj_bias, 2, 1))};
+    parts = {project(module, query, module.q_proj_weight, bias_part(module.in_proj_bias, 0, 1)),
+             project(module, key, module.k_proj_weight, bias_part(module.in_proj_bias, 1, 1)),
+             project(module, value, module.v_proj_weight, bias_part(module.in_proj_bias, 2, 1))};
   } else if (shared_memory && query.is_same(key)) {
     parts = project_packed(module, query, 0, 3);
   } else if (shared_memory) {
@@ -197,6 +210,17 @@ void describe(const Tensor& output, const Tensor& query, const Tensor& key, cons
   const bool dropout = options.dropout > 0;
   const PolicyKind kind = options.policy.kind;
   const int64_t eager = total() + heads * queries * keys * element * (dropout ? 3 : 1);
+  if (options.bits > 0) {
+    const int64_t score_bits = std::max<int64_t>(options.bits, 8);
+    memory::describe(
+        output, options.policy.str() + ",bits=" + std::to_string(options.bits),
+        linear_code_bytes(query.numel(), score_bits) + linear_code_bytes(key.numel(), score_bits) +
+            linear_code_bytes(value.numel(), options.bits) + linear_code_bytes(output.numel(), options.bits) +
+            attention_residual_bytes(options.policy, heads, queries, keys, element, dropout) +
+            (options.mask.has_value() ? static_cast<int64_t>(options.mask->storage().nbytes()) : 0),
+        eager);
+    return;
+  }
   const bool codes = kind == PolicyKind::curve || kind == PolicyKind::quantized;
   const bool biased = kind == PolicyKind::curve || kind == PolicyKind::top;
   if (options.mask.has_value() && !codes) add(*options.mask);
@@ -284,12 +308,13 @@ std::tuple<Tensor, Tensor> attend(const MultiheadAttentionImpl& module, const He
   const int64_t keys = heads.key.size(2);
   const Tensor key = append_extra_keys(module, heads.key, module.bias_k);
   const Tensor value = append_extra_keys(module, heads.value, module.bias_v);
-  const AttentionOptions options = attention_options(module, masks, heads.query.size(0), heads.query.size(2),
-                                                     keys, key.size(2) - keys, heads.query);
+  AttentionOptions options = attention_options(module, masks, heads.query.size(0), heads.query.size(2), keys,
+                                               key.size(2) - keys, heads.query);
   if (module.options.keep() == AttentionKeep::eager && !need_weights) {
     return {eager_attention(heads.query, key, value, options), Tensor()};
   }
 
+  if (!need_weights) options.bits = kept_bits(module);
   std::tuple<Tensor, Tensor> result;
   if (need_weights) {
     result = attention_with_weights(heads.query, key, value, options);
@@ -393,6 +418,7 @@ void MultiheadAttentionImpl::pretty_print(std::ostream& stream) const {
   if (options.keep() != AttentionKeep::projections) {
     stream << ", attention=" << remnant::name(options.keep());
   }
+  if (options.bits() > 0) stream << ", bits=" << options.bits();
   stream << ")";
 }
 
@@ -424,7 +450,8 @@ std::tuple<Tensor, Tensor> MultiheadAttentionImpl::forward(const Tensor& query, 
     if (key_padding_mask.defined()) masks.key_padding_mask = key_padding_mask.unsqueeze(0);
   }
   auto [attended, weights] = attend(*this, heads, masks, need_weights);
-  Tensor output = out_proj(merge_heads(attended, batch_first));
+  const Tensor merged = merge_heads(attended, batch_first);
+  Tensor output = need_weights ? out_proj(merged) : project(*this, merged, out_proj->weight, out_proj->bias);
   if (!batched) output = output.squeeze(1);
   if (!need_weights) return {output, Tensor()};
   if (average_attn_weights) weights = weights.mean(1);
@@ -455,7 +482,7 @@ Tensor MultiheadAttentionImpl::forward_cross_cached(const Tensor& query, const T
     const int64_t num_heads = options.num_heads();
     const Tensor projected = in_proj_weight.defined()
                                  ? project_packed(*this, query, 0, 1)[0]
-                                 : linear(query, q_proj_weight, bias_part(in_proj_bias, 0, 1));
+                                 : project(*this, query, q_proj_weight, bias_part(in_proj_bias, 0, 1));
     heads = {split_heads(projected, num_heads, true), cache.key, cache.value};
   } else {
     TORCH_CHECK(memory.dim() == 3 && memory.size(0) == query.size(0), kName,

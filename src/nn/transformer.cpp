@@ -2,9 +2,11 @@
 #include <remnant/memory.h>
 #include <remnant/nn/transformer.h>
 
+#include <remnant/ops/activation.h>
 #include <remnant/ops/dropout.h>
 #include <remnant/ops/dropout_add.h>
 #include <remnant/ops/feed_forward.h>
+#include <remnant/ops/linear.h>
 #include <remnant/ops/norm.h>
 
 #include <ATen/ops/dropout.h>
@@ -14,6 +16,7 @@
 #include <memory>
 #include <optional>
 #include <ostream>
+#include <string>
 #include <tuple>
 
 namespace remnant::nn {
@@ -55,7 +58,8 @@ MultiheadAttention make_attention(const TransformerLayerOptions& options) {
                                 .bias(options.bias())
                                 .batch_first(options.batch_first())
                                 .policy(options.policy())
-                                .keep(options.memory().attention));
+                                .keep(options.memory().attention)
+                                .bits(options.memory().bits));
 }
 
 torch::nn::Linear make_linear(int64_t in, int64_t out, bool bias) {
@@ -78,6 +82,13 @@ Tensor drop(const torch::nn::Dropout& module, const Tensor& x, const LayerMemory
   const double p = module->options.p();
   if (!module->is_training() || p == 0) return x;
   return memory.noise ? at::dropout(x, p, true) : remnant::dropout(x, p);
+}
+
+std::optional<Tensor> optional(const Tensor& x) { return x.defined() ? std::make_optional(x) : std::nullopt; }
+
+/// The policy of ops that keep codes, at a layer's bits.
+std::string code_policy(const LayerMemory& memory) {
+  return memory.bits > 0 ? "quantized:bits=" + std::to_string(memory.bits) : "exact";
 }
 
 Tensor activate(const Tensor& x, Activation activation) {
@@ -104,8 +115,6 @@ void print_layer(std::ostream& stream, const char* name, const TransformerLayerO
          << options.memory().str() << ")";
 }
 
-std::optional<Tensor> optional(const Tensor& x) { return x.defined() ? std::make_optional(x) : std::nullopt; }
-
 /// x + dropout(block(x)), normalised before the block (pre-norm) or after the sum (post-norm).
 template <typename Layer, typename Block>
 Tensor residual(const Layer& layer, const Tensor& x, torch::nn::LayerNorm& norm,
@@ -117,9 +126,10 @@ Tensor residual(const Layer& layer, const Tensor& x, torch::nn::LayerNorm& norm,
   }
   const double p = dropout->is_training() ? dropout->options.p() : 0.0, eps = norm->options.eps();
   const auto weight = optional(norm->weight), bias = optional(norm->bias);
-  if (norm_first) return dropout_add(block(layer_norm(x, weight, bias, eps)), x, p);
+  const std::string policy = code_policy(memory);
+  if (norm_first) return dropout_add(block(layer_norm(x, weight, bias, eps, policy)), x, p);
   return std::get<0>(
-      dropout_add_layer_norm(block(x), x, p, weight, bias, eps, std::nullopt, /*need_sum=*/false));
+      dropout_add_layer_norm(block(x), x, p, weight, bias, eps, std::nullopt, /*need_sum=*/false, policy));
 }
 
 /// body(x...), or under a layer that keeps its inputs alone a checkpoint of it.
@@ -133,6 +143,16 @@ template <typename Layer>
 Tensor feed_forward_block(Layer& layer, const Tensor& x) {
   const LayerMemory& memory = layer.options.memory();
   const Activation activation = layer.options.activation();
+  if (memory.bits > 0 && layer.is_training()) {
+    const std::string policy = code_policy(memory);
+    const auto product = [&](const torch::nn::Linear& linear, const Tensor& input) {
+      return remnant::linear(input, linear->weight, optional(linear->bias), policy);
+    };
+    const Tensor before = product(layer.linear1, x);
+    const Tensor hidden =
+        activation == Activation::gelu ? remnant::gelu(before, "none", policy) : remnant::relu(before);
+    return product(layer.linear2, drop(layer.dropout, hidden, memory));
+  }
   if (memory.hidden || !layer.is_training()) {
     return layer.linear2(drop(layer.dropout, activate(layer.linear1(x), activation), memory));
   }
@@ -196,7 +216,7 @@ Tensor TransformerEncoderLayerImpl::forward(const Tensor& src, const Tensor& src
 
 void TransformerEncoderLayerImpl::set_memory(const LayerMemory& memory) {
   options.memory(memory);
-  self_attn->options.keep(memory.attention);
+  self_attn->options.keep(memory.attention).bits(memory.bits);
 }
 
 void TransformerEncoderLayerImpl::pretty_print(std::ostream& stream) const {
@@ -232,8 +252,8 @@ void TransformerDecoderLayerImpl::reset() {
 
 void TransformerDecoderLayerImpl::set_memory(const LayerMemory& memory) {
   options.memory(memory);
-  self_attn->options.keep(memory.attention);
-  multihead_attn->options.keep(memory.attention);
+  self_attn->options.keep(memory.attention).bits(memory.bits);
+  multihead_attn->options.keep(memory.attention).bits(memory.bits);
 }
 
 void TransformerDecoderLayerImpl::pretty_print(std::ostream& stream) const {

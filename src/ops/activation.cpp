@@ -313,6 +313,16 @@ at::Tensor call(const at::Tensor& input, ActivationKind kind, double slope, int6
   return std::get<0>(op.call(input, static_cast<int64_t>(kind), slope, bits, false));
 }
 
+at::Tensor call_coded(const char* name, const at::Tensor& input, ActivationKind kind,
+                      c10::string_view policy) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("remnant::activation_coded", "")
+          .typed<at::Tensor(const at::Tensor&, int64_t, int64_t, const std::optional<at::Generator>&)>();
+  return op.call(input, static_cast<int64_t>(kind), parse_bits(name, policy, "quantized", {8, 4, 2}),
+                 std::nullopt);
+}
+
 at::Tensor relu_op(const at::Tensor& input) {
   check_floating("relu", "input", input);
   return call(input, ActivationKind::leaky, 0, 1);
@@ -327,12 +337,14 @@ at::Tensor gelu_op(const at::Tensor& input, c10::string_view approximate, c10::s
   check_floating("gelu", "input", input);
   TORCH_CHECK(approximate == "none" || approximate == "tanh",
               "gelu: approximate must be 'none' or 'tanh', got '", approximate, "'");
-  return call(input, approximate == "none" ? ActivationKind::gelu : ActivationKind::gelu_tanh, 0,
-              parse_bits("gelu", policy, "fewbit", {2, 3, 4}));
+  const auto kind = approximate == "none" ? ActivationKind::gelu : ActivationKind::gelu_tanh;
+  if (policy.starts_with("quantized")) return call_coded("gelu", input, kind, policy);
+  return call(input, kind, 0, parse_bits("gelu", policy, "fewbit", {2, 3, 4}));
 }
 
 at::Tensor silu_op(const at::Tensor& input, c10::string_view policy) {
   check_floating("silu", "input", input);
+  if (policy.starts_with("quantized")) return call_coded("silu", input, ActivationKind::silu, policy);
   return call(input, ActivationKind::silu, 0, parse_bits("silu", policy, "fewbit", {2, 3, 4}));
 }
 

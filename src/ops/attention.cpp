@@ -443,6 +443,18 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
                      const AttentionOptions& options) {
   std::vector<int64_t> window;
   if (options.window.has_value()) window = {options.window->first, options.window->second};
+  if (options.bits != 0) {
+    TORCH_CHECK(options.policy.kind == PolicyKind::recompute,
+                "attention: bits needs policy 'recompute', got '", options.policy.str(), "'");
+    using Coded = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                             const std::optional<at::Tensor>&, bool, double, std::optional<double>,
+                             at::OptionalIntArrayRef, int64_t, const std::optional<at::Generator>&);
+    static const auto coded =
+        c10::Dispatcher::singleton().findSchemaOrThrow("remnant::attention_coded", "").typed<Coded>();
+    return coded.call(query, key, value, options.mask, options.causal, options.dropout, options.scale,
+                      options.window.has_value() ? at::OptionalIntArrayRef(window) : std::nullopt,
+                      options.bits, options.generator);
+  }
   // Through the dispatcher, where autocast sees it.
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("remnant::attention", "")

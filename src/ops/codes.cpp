@@ -279,6 +279,14 @@ void decode_into(const Codes& kept, int64_t bits, int64_t size, int64_t first, a
   if (count % kGroup > 0) fill(last / kGroup * kGroup, 1, count % kGroup);
 }
 
+at::Tensor decode(const Codes& kept, int64_t bits, c10::SymIntArrayRef shape, at::ScalarType dtype) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::decode", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t,
+                                               c10::SymIntArrayRef, at::ScalarType)>();
+  return op.call(kept.codes, kept.table, bits, shape, dtype);
+}
+
 namespace {
 
 at::Tensor decode_op(const at::Tensor& codes, const at::Tensor& table, int64_t bits, at::IntArrayRef size,

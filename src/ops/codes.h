@@ -24,4 +24,7 @@ Codes shared_codes(const at::Tensor& x, int64_t bits, const std::optional<at::Ge
 /// 64.
 void decode_into(const Codes& kept, int64_t bits, int64_t size, int64_t first, at::Tensor& out);
 
+/// The whole of it.
+at::Tensor decode(const Codes& kept, int64_t bits, c10::SymIntArrayRef shape, at::ScalarType dtype);
+
 }  // namespace remnant::ops

@@ -115,16 +115,21 @@ TORCH_LIBRARY(remnant, m) {
   m.def("draw_seed(Tensor like, Generator? generator=None) -> Tensor", random);
   m.def("dropout_add(Tensor input, Tensor residual, float p, Generator? generator=None) -> Tensor", random);
   m.def("dropout_add_forward(Tensor input, Tensor residual, Tensor seed, float p) -> Tensor", plain);
-  m.def("layer_norm(Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> Tensor", plain);
-  m.def("rms_norm(Tensor input, Tensor? weight=None, float? eps=None) -> Tensor", plain);
+  m.def(
+      "layer_norm(Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, str policy='exact') "
+      "-> Tensor",
+      random);
+  m.def("rms_norm(Tensor input, Tensor? weight=None, float? eps=None, str policy='exact') -> Tensor", random);
   m.def(
       "dropout_add_layer_norm(Tensor input, Tensor residual, float p, Tensor? weight=None, Tensor? "
       "bias=None, "
-      "float eps=1e-05, Generator? generator=None, bool need_sum=True) -> (Tensor, Tensor)",
+      "float eps=1e-05, Generator? generator=None, bool need_sum=True, str policy='exact') -> (Tensor, "
+      "Tensor)",
       random);
   m.def(
       "norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float p, "
-      "float eps, bool center, bool need_sum, bool keep, int[] hidden, bool all_hidden) -> (Tensor output, "
+      "float eps, bool center, bool need_sum, bool keep, int[] hidden, bool all_hidden, int bits=0) -> "
+      "(Tensor output, "
       "Tensor sum, Tensor rstd, Tensor aside)",
       plain);
   m.def(
@@ -132,10 +137,15 @@ TORCH_LIBRARY(remnant, m) {
       "Tensor? weight, Tensor? bias, Tensor? seed, float p, bool center, int[] hidden, bool[4] needs) -> "
       "(Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
       plain);
+  m.def(
+      "attention_coded(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool causal=False, float "
+      "dropout=0.0, float? scale=None, int[]? window=None, int bits=8, Generator? generator=None) -> Tensor",
+      random);
+  m.def("activation_coded(Tensor input, int kind, int bits, Generator? generator=None) -> Tensor", random);
   m.def("relu(Tensor input) -> Tensor", plain);
   m.def("leaky_relu(Tensor input, float slope=0.01) -> Tensor", plain);
-  m.def("gelu(Tensor input, str approximate='none', str policy='exact') -> Tensor", plain);
-  m.def("silu(Tensor input, str policy='exact') -> Tensor", plain);
+  m.def("gelu(Tensor input, str approximate='none', str policy='exact') -> Tensor", random);
+  m.def("silu(Tensor input, str policy='exact') -> Tensor", random);
   m.def(
       "activation_forward(Tensor input, int kind, float slope, int bits, bool keep) -> (Tensor output, "
       "Tensor "

@@ -117,7 +117,7 @@ struct Residuals {
 Forward forward_composite(const at::Tensor& input, const OptionalTensor& residual,
                           const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& seed, double p, double eps, bool center, bool need_sum,
-                          bool keep, at::IntArrayRef hidden, bool all_hidden) {
+                          bool keep, at::IntArrayRef hidden, bool all_hidden, int64_t bits) {
   check("layer_norm", input, residual, weight, bias, p);
   const auto type = input.scalar_type();
   const auto wide = accumulation_type(type);
@@ -147,10 +147,10 @@ Forward forward_composite(const at::Tensor& input, const OptionalTensor& residua
 
 Forward forward_cpu(const at::Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                     const OptionalTensor& bias, const OptionalTensor& seed, double p, double eps, bool center,
-                    bool need_sum, bool keep, at::IntArrayRef hidden, bool all_hidden) {
+                    bool need_sum, bool keep, at::IntArrayRef hidden, bool all_hidden, int64_t bits) {
   if (!fused_on_cpu()) {
     return forward_composite(input, residual, weight, bias, seed, p, eps, center, need_sum, keep, hidden,
-                             all_hidden);
+                             all_hidden, bits);
   }
   check("layer_norm", input, residual, weight, bias, p);
   const auto wide = accumulation_type(input.scalar_type());
@@ -192,7 +192,8 @@ Forward forward_cpu(const at::Tensor& input, const OptionalTensor& residual, con
 
 Forward forward_meta(const at::Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                      const OptionalTensor& bias, const OptionalTensor& seed, double p, double eps,
-                     bool center, bool need_sum, bool keep, at::IntArrayRef hidden, bool all_hidden) {
+                     bool center, bool need_sum, bool keep, at::IntArrayRef hidden, bool all_hidden,
+                     int64_t bits) {
   check("layer_norm", input, residual, weight, bias, p);
   const Residuals out(input, need_sum, keep, hidden, all_hidden);
   return {at::empty_symint(input.sym_sizes(), input.options()), out.sum, out.rstd, out.aside};
@@ -363,31 +364,38 @@ c10::TypedOperatorHandle<decltype(forward_cpu)> forward_op() {
 }
 
 at::Tensor layer_norm_op(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                         double eps) {
+                         double eps, c10::string_view policy) {
+  const int64_t bits = parse_bits("layer_norm", policy, "quantized", {8, 4, 2});
   check("layer_norm", input, std::nullopt, weight, bias, 0);
   return std::get<0>(forward_op().call(input, std::nullopt, weight, bias, std::nullopt, 0.0, eps, true, false,
-                                       false, {}, false));
+                                       false, {}, false, bits));
 }
 
-at::Tensor rms_norm_op(const at::Tensor& input, const OptionalTensor& weight, std::optional<double> eps) {
+at::Tensor rms_norm_op(const at::Tensor& input, const OptionalTensor& weight, std::optional<double> eps,
+                       c10::string_view policy) {
+  const int64_t bits = parse_bits("rms_norm", policy, "quantized", {8, 4, 2});
   check("rms_norm", input, std::nullopt, weight, std::nullopt, 0);
   // Of the type that is computed in, as in torch.
   const double machine = input.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
                                                             : std::numeric_limits<float>::epsilon();
   return std::get<0>(forward_op().call(input, std::nullopt, weight, std::nullopt, std::nullopt, 0.0,
-                                       eps.value_or(machine), false, false, false, {}, false));
+                                       eps.value_or(machine), false, false, false, {}, false, bits));
 }
 
-std::tuple<at::Tensor, at::Tensor> dropout_add_layer_norm_op(
-    const at::Tensor& input, const at::Tensor& residual, double p, const OptionalTensor& weight,
-    const OptionalTensor& bias, double eps, const std::optional<at::Generator>& generator, bool need_sum) {
+std::tuple<at::Tensor, at::Tensor> dropout_add_layer_norm_op(const at::Tensor& input,
+                                                             const at::Tensor& residual, double p,
+                                                             const OptionalTensor& weight,
+                                                             const OptionalTensor& bias, double eps,
+                                                             const std::optional<at::Generator>& generator,
+                                                             bool need_sum, c10::string_view policy) {
+  const int64_t bits = parse_bits("dropout_add_layer_norm", policy, "quantized", {8, 4, 2});
   check("dropout_add_layer_norm", input, residual, weight, bias, p);
   static const auto draw = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("remnant::draw_seed", "")
                                .typed<at::Tensor(const at::Tensor&, const std::optional<at::Generator>&)>();
   const OptionalTensor seed = p > 0 ? OptionalTensor(draw.call(input.detach(), generator)) : std::nullopt;
   auto [output, sum, rstd, aside] =
-      forward_op().call(input, residual, weight, bias, seed, p, eps, true, need_sum, false, {}, false);
+      forward_op().call(input, residual, weight, bias, seed, p, eps, true, need_sum, false, {}, false, bits);
   return {output, sum};
 }
 
@@ -434,33 +442,33 @@ TORCH_LIBRARY_FRAGMENT(remnant, m) {
 }  // namespace ops
 
 at::Tensor layer_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                      const std::optional<at::Tensor>& bias, double eps) {
+                      const std::optional<at::Tensor>& bias, double eps, c10::string_view policy) {
   // Through the dispatcher, where autocast sees it.
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("remnant::layer_norm", "")
                              .typed<decltype(ops::layer_norm_op)>();
-  return op.call(input, weight, bias, eps);
+  return op.call(input, weight, bias, eps, policy);
 }
 
 at::Tensor rms_norm(const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                    std::optional<double> eps) {
+                    std::optional<double> eps, c10::string_view policy) {
   // Through the dispatcher, where autocast sees it.
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("remnant::rms_norm", "")
                              .typed<decltype(ops::rms_norm_op)>();
-  return op.call(input, weight, eps);
+  return op.call(input, weight, eps, policy);
 }
 
 std::tuple<at::Tensor, at::Tensor> dropout_add_layer_norm(const at::Tensor& input, const at::Tensor& residual,
                                                           double p, const std::optional<at::Tensor>& weight,
                                                           const std::optional<at::Tensor>& bias, double eps,
                                                           const std::optional<at::Generator>& generator,
-                                                          bool need_sum) {
+                                                          bool need_sum, c10::string_view policy) {
   // Through the dispatcher, where autocast sees it.
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("remnant::dropout_add_layer_norm", "")
                              .typed<decltype(ops::dropout_add_layer_norm_op)>();
-  return op.call(input, residual, p, weight, bias, eps, generator, need_sum);
+  return op.call(input, residual, p, weight, bias, eps, generator, need_sum, policy);
 }
 
 }  // namespace remnant

@@ -9,11 +9,13 @@
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/allclose.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/randn_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/utils.h>
@@ -41,7 +43,8 @@ std::string message(const std::function<void()>& run) {
 }
 
 TEST(Memory, IsReadAndWritten) {
-  for (const char* text : {"eager", "exact", "budget=60MB", "budget=1500kB", "budget=7B", "budget=2GB"}) {
+  for (const char* text : {"eager", "exact", "unbiased:bits=4", "unbiased:bits=8", "budget=60MB",
+                           "budget=1500kB", "budget=7B", "budget=2GB"}) {
     EXPECT_EQ(Memory::parse(text).str(), text);
   }
   EXPECT_EQ(Memory::parse("budget=0.5GB").bytes, 500000000);
@@ -49,17 +52,26 @@ TEST(Memory, IsReadAndWritten) {
   EXPECT_NE(message([] { Memory::parse("exakt"); }).find("did you mean 'exact'"), std::string::npos);
   EXPECT_NE(message([] { Memory::parse("budget=60"); }).find("as in budget=60MB, got '60'"),
             std::string::npos);
+  EXPECT_NE(message([] { Memory::parse("unbiased:bits=3"); }).find("8, 4 or 2 bits"), std::string::npos);
+  EXPECT_NE(message([] { Memory::parse("unbiassed"); }).find("did you mean 'unbiased'"), std::string::npos);
+  EXPECT_NE(message([] { Memory::unbiased(5); }).find("got 5"), std::string::npos);
   EXPECT_NE(message([] { Memory::parse("budget=-1MB"); }).find("at least 1 B"), std::string::npos);
   EXPECT_NE(message([] { LayerMemory{Memory::budget(10)}; }).find("remnant::plan"), std::string::npos);
 }
 
 TEST(LayerMemory, IsReadAndWritten) {
   for (const char* text : {"attention=input,hidden=recompute,dropout=seed,norm=output", "checkpoint",
-                           "attention=projections,hidden=keep,dropout=noise,norm=input"}) {
+                           "attention=projections,hidden=keep,dropout=noise,norm=input",
+                           "attention=projections,hidden=keep,dropout=seed,norm=output,bits=4"}) {
     EXPECT_EQ(LayerMemory::parse(text).str(), text);
   }
   EXPECT_EQ(LayerMemory::parse("exact"), LayerMemory(Memory::exact()));
   EXPECT_EQ(LayerMemory::parse("norm=output").hidden, true);
+  EXPECT_EQ(LayerMemory::parse("unbiased:bits=2"), LayerMemory(Memory::unbiased(2)));
+  EXPECT_NE(message([] { LayerMemory::parse("norm=output,bits=5"); }).find("0, 2, 4 or 8, got '5'"),
+            std::string::npos);
+  EXPECT_NE(message([] { LayerMemory::parse("hidden=recompute,norm=output,bits=4"); }).find("hidden=keep"),
+            std::string::npos);
   EXPECT_NE(message([] { LayerMemory::parse("attention=inptu"); }).find("did you mean 'input'"),
             std::string::npos);
   EXPECT_NE(message([] { LayerMemory::parse("hiden=keep"); }).find("did you mean 'hidden'"),
@@ -139,6 +151,75 @@ TEST_P(Settings, ChangeNoGradient) {
   const Tensor evaluated = model.forward(in.source, in.padding, in.target);
   set_memory(model, Memory::eager());
   EXPECT_TRUE(at::allclose(model.forward(in.source, in.padding, in.target), evaluated, 1e-4, 1e-5));
+}
+
+Tensor flat_gradient(Model& model, const Inputs& in) {
+  std::vector<Tensor> grads = gradients(model, in);
+  for (Tensor& grad : grads) grad = grad.flatten();
+  return at::cat(grads);
+}
+
+class Unbiased : public testing::TestWithParam<std::tuple<int64_t, bool>> {};
+
+// |mean of N draws - g|^2 is the draws' variance / N where nothing is biased, give or take a tenth with so
+// many parameters.
+TEST_P(Unbiased, TheMeanOfDrawsIsTheGradient) {
+  const auto& [bits, norm_first] = GetParam();
+  torch::manual_seed(2);
+  Model model(options(norm_first, 0.0));
+  const Inputs in;
+  set_memory(model, Memory::eager());
+  const Tensor exact = flat_gradient(model, in);
+  set_memory(model, Memory::unbiased(bits));
+  constexpr int draws = 150;
+  Tensor sum = at::zeros_like(exact), squares = at::zeros_like(exact);
+  for (int i = 0; i < draws; ++i) {
+    const Tensor error = flat_gradient(model, in) - exact;
+    sum += error;
+    squares += error.square();
+  }
+  const double variance = (squares / draws - (sum / draws).square()).sum().item<double>();
+  const double of_mean = (sum / draws).square().sum().item<double>();
+  EXPECT_GT(variance, 0);
+  // Two coded numbers are multiplied in a norm's backward, and scores go through an exponential: what is left
+  // of that after 2 bits is still far below the variance.
+  EXPECT_LT(of_mean, 1.3 * variance / draws + (bits == 2 ? 0.005 : 0.0005) * variance);
+  EXPECT_GT(of_mean, 0.7 * variance / draws);
+  // Finer codes, less variance: 8 bits are within a percent of the gradient's own size.
+  if (bits == 8) {
+    EXPECT_LT(std::sqrt(variance), 0.01 * exact.norm().item<double>());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Bits, Unbiased, testing::Combine(testing::Values(2, 4, 8), testing::Bool()));
+
+TEST(UnbiasedSetting, KeepsCodesAlone) {
+  torch::manual_seed(3);
+  Model model(options(false, 0.1));
+  const Inputs in;
+  const auto kept = [&](const LayerMemory& memory) {
+    set_memory(model, memory);
+    const Tensor y = model.forward(in.source, in.padding, in.target);
+    return memory::kept_bytes({y}, {y, in.source, in.target, in.padding});
+  };
+  const int64_t whole = kept(LayerMemory::parse("norm=output"));  // the same tensors as they are
+  const int64_t eight = kept(Memory::unbiased(8)), four = kept(Memory::unbiased(4)),
+                two = kept(Memory::unbiased(2));
+  EXPECT_LT(eight, whole * 0.4);
+  EXPECT_LT(four, eight);
+  EXPECT_LT(two, four);
+
+  // The table says what attention should keep.
+  set_memory(model, Memory::unbiased(4));
+  const memory::Recorder recorder(&model);
+  const Tensor y = model.forward(in.source, in.padding, in.target);
+  const memory::Report report = recorder.report({y}, {y, in.source, in.target, in.padding});
+  int described = 0;
+  for (const memory::SavedRow& row : report.rows) {
+    EXPECT_FALSE(row.dtype == "Float" && row.kept_bytes > 4 * 3 * 4 * 17) << row.layer << " " << row.op;
+    if (row.policy.find("bits=4") != std::string::npos && row.predicted_bytes >= 0) ++described;
+  }
+  EXPECT_GT(described, 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Settings,

@@ -213,6 +213,17 @@ def test_linear(requires_grad):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
+def test_ops_that_keep_codes(requires_grad):
+    q = torch.randn(2, 2, 6, 8, requires_grad=requires_grad)
+    mask = torch.randn(6, 6, requires_grad=requires_grad)
+    opcheck(ops.attention_coded.default, (q, q, q, mask, True, 0.0, None, None, 4), test_utils=UTILITIES)
+    x, weight = torch.randn(5, 16, requires_grad=requires_grad), torch.ones(16, requires_grad=requires_grad)
+    opcheck(ops.activation_coded.default, (x, 1, 4), test_utils=UTILITIES)
+    opcheck(ops.layer_norm.default, (x, weight, None, 1e-5, "quantized:bits=4"), test_utils=UTILITIES)
+    opcheck(ops.rms_norm.default, (x, weight, None, "quantized:bits=8"), test_utils=UTILITIES)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
 def test_linear_cross_entropy(requires_grad):
     x, weight, bias = (torch.randn(*size, requires_grad=requires_grad) for size in ((7, 8), (11, 8), (11,)))
     target = torch.randint(0, 11, (7,))

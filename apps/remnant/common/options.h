@@ -48,7 +48,8 @@ void visit_training_options(Options& o, const Visit& visit, const char* batch_he
   visit("batch-size", o.batch_size, Resume::same, batch_help);
   visit("accumulate", o.accumulate, Resume::same, "batches a step: as one batch that many times larger");
   visit("memory", o.memory, Resume::any,
-        "what layers keep: attention (its policy alone), eager, exact, budget=60MB (of a step's peak), or a "
+        "what layers keep: attention (its policy alone), eager, exact, unbiased:bits=4, budget=60MB (of a "
+        "step's peak), or a "
         "JSON "
         "file of {layer pattern: choices}");
   visit("precision", o.precision, Resume::same, "fp32 or bf16 (autocast; parameters stay fp32)");

@@ -33,6 +33,9 @@ struct REMNANT_API MultiheadAttentionOptions {
   /// as key and value; where that does not hold (or kdim, vdim, add_bias_kv, add_zero_attn, need_weights or
   /// attn_mask's own gradient are asked for), and in eval mode, it is `projections`.
   TORCH_ARG(AttentionKeep, keep) = AttentionKeep::projections;
+  /// 8, 4 or 2: in training, with policy recompute and without need_weights, projections keep their input and
+  /// attention its tensors at so many bits (AttentionOptions::bits, remnant::linear). 0: as they are.
+  TORCH_ARG(int64_t, bits) = 0;
 };
 
 /// Keys and values of earlier positions, for decoding one position at a time: [B, H, n, D].

@@ -30,6 +30,11 @@ struct AttentionOptions {
   std::optional<std::pair<int64_t, int64_t>> window = std::nullopt;
   /// Source of the seeds of dropout, rounding and key draws; the device's default generator when absent.
   std::optional<at::Generator> generator = std::nullopt;
+  /// 0: query, key, value and output are kept as they are. 8, 4 or 2: value and output at so many bits an
+  /// element, query and key at 8, by stochastic rounding. Policy `recompute` alone, `attention` alone. The
+  /// gradient is linear in value and output; for query and key the rounding of 8 bits leaves a bias of second
+  /// order (docs/numerics.md). Every reader of one tensor at the same bits shares its codes.
+  int64_t bits = 0;
 };
 
 /// softmax(scale * query key^T + mask), dropout, times value, as one op that owns the softmax and
