@@ -127,6 +127,31 @@ def test_resume_equals_an_uninterrupted_run(lm, tmp_path):
     assert "its context is 32" in message
 
 
+def test_memory_settings(lm, tmp_path):
+    """Each keeps less than the one before, learns as well, and stands in the run folder; resuming is exact."""
+    (tmp_path / "layers.json").write_text('{"*": "eager", "encoder.layers.0": "unbiased:bits=2"}')
+    arguments = [*GENERATED, "--context", 64, "--hidden", 64, "--feed-forward", 256, "--max-steps", 6, "--dropout", 0.1]
+    first, kept = None, {}
+    for setting in ("eager", "exact", "unbiased:bits=8", "unbiased:bits=4", str(tmp_path / "layers.json")):
+        run = tmp_path / setting.replace("/", "_")
+        lm("train", *arguments, "--memory", setting, "--out", run)
+        # The forward is the same, and draws the same dropout under all but eager.
+        first = first or losses(run)[0]
+        assert losses(run)[0] == pytest.approx(first, rel=0.05)
+        assert all(math.isfinite(loss) for loss in losses(run))
+        assert json.loads((run / "config.json").read_text())["memory"] == setting
+        kept[setting] = json.loads((run / "memory.json").read_text())["kept_bytes"]
+    values = list(kept.values())
+    assert values[0] > values[2] > values[3] > values[4]
+    assert values[1] < 0.5 * values[0]
+
+    lm("train", *arguments, "--max-steps", 3, "--memory", "unbiased:bits=4", "--out", tmp_path / "parts")
+    lm("train", *arguments, "--memory", "unbiased:bits=4", "--out", tmp_path / "parts", "--resume")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "unbiased:bits=4")
+    assert "8, 4 or 2 bits" in lm.fails("train", *arguments, "--memory", "unbiased:bits=3", "--out", tmp_path / "x",
+                                        code=2)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_resume_goes_on(lm, tmp_path, number, code):
     arguments = [*GENERATED, "--epochs", 6]
