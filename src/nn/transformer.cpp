@@ -148,10 +148,11 @@ Tensor feed_forward_block(Layer& layer, const Tensor& x) {
     const auto product = [&](const torch::nn::Linear& linear, const Tensor& input) {
       return remnant::linear(input, linear->weight, optional(linear->bias), policy);
     };
-    const Tensor before = product(layer.linear1, x);
-    const Tensor hidden =
-        activation == Activation::gelu ? remnant::gelu(before, "none", policy) : remnant::relu(before);
-    return product(layer.linear2, drop(layer.dropout, hidden, memory));
+    // One name: each step's input goes as soon as its output is there.
+    Tensor hidden = product(layer.linear1, x);
+    hidden = activation == Activation::gelu ? remnant::gelu(hidden, "none", policy) : remnant::relu(hidden);
+    hidden = drop(layer.dropout, hidden, memory);
+    return product(layer.linear2, hidden);
   }
   if (memory.hidden || !layer.is_training()) {
     return layer.linear2(drop(layer.dropout, activate(layer.linear1(x), activation), memory));
