@@ -2,6 +2,7 @@
 #include "common/error.h"
 #include "common/run_folder.h"
 #include "lm/command.h"
+#include "report/command.h"
 #include "translate/command.h"
 
 #include <c10/util/Exception.h>
@@ -79,6 +80,7 @@ int main(int argc, char** argv) {
   remnant::app::translate::add_command(program, action);
   remnant::app::lm::add_command(program, action);
   remnant::app::classify::add_command(program, action);
+  remnant::app::report::add_command(program, action);
   try {
     program.parse(argc, argv);
   } catch (const CLI::Success& success) {

@@ -74,6 +74,15 @@ REMNANT_API bool recording();
 REMNANT_API void describe(const at::Tensor& output, std::string policy, int64_t predicted_bytes = -1,
                           int64_t eager_bytes = -1);
 
+/// How long a layer took by the clock on the wall, without the layers inside it.
+struct REMNANT_API LayerTime {
+  std::string layer;  ///< as SavedRow::layer; "" for what is outside of any
+  double forward_seconds = 0;
+  /// From the start of each autograd node of the layer to that of the next node, whose it may be: what the
+  /// engine does in between, such as adding to parameters' gradients, is in it.
+  double backward_seconds = 0;
+};
+
 /// While alive on this thread, remembers which layer made which autograd node. `root` must outlive it.
 /// The innermost of nested recorders does the remembering.
 class REMNANT_API Recorder {
@@ -86,6 +95,12 @@ class REMNANT_API Recorder {
   /// of `root`, leaves that require a gradient, and `exclude` (the step's inputs), left out. Call it
   /// before backward(), which releases what is counted here; throws c10::Error afterwards.
   Report report(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& exclude = {}) const;
+  /// loss.backward(), timed by layer. The forward, timed from the recorder's construction, ends here: what a
+  /// checkpoint runs again is the backward's. Changes neither gradients nor how high allocations climb.
+  void backward(const at::Tensor& loss);
+  /// By layer, in the order of the forward, all of what was timed: the forward so far, and backward(). Waits
+  /// for no other device: on a GPU it is the time to launch.
+  std::vector<LayerTime> times() const;
 
  private:
   const torch::nn::Module* root_;
@@ -97,6 +112,12 @@ class REMNANT_API Recorder {
 /// would not show what it keeps (Recorder::report counts such nodes instead).
 REMNANT_API int64_t kept_bytes(const std::vector<at::Tensor>& outputs,
                                const std::vector<at::Tensor>& exclude = {});
+
+/// Live bytes at a moment of a PeakMeter's recording.
+struct REMNANT_API Sample {
+  double seconds = 0;  ///< since record()
+  int64_t live_bytes = 0;
+};
 
 /// Counts what the allocators report (all devices' allocations, forward and backward) while alive, on
 /// this thread and on the threads that autograd runs its backward on. Meters nest. Throws c10::Error when a
@@ -114,6 +135,11 @@ class REMNANT_API PeakMeter {
   int64_t live_bytes() const;  ///< allocated minus freed since construction or reset()
   int64_t peak_bytes() const;  ///< highest live_bytes() since construction or reset()
   void reset();
+  /// Notes live bytes over time from now on, at most `most_samples` (at least 2) of them: where there are
+  /// more allocations and frees, the low and the high of equal spans of time. The highest is always there.
+  void record(int64_t most_samples = 1000);
+  /// In the order of time, since record(); reset() does not end the recording. Empty without one.
+  std::vector<Sample> samples() const;
 
  private:
   struct State;

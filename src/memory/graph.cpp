@@ -6,6 +6,7 @@
 #include <c10/util/Type.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -17,7 +18,9 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <chrono>
 #include <limits>
+#include <mutex>
 #include <typeinfo>
 #include <unordered_map>
 #include <unordered_set>
@@ -236,6 +239,51 @@ std::string type_name(const torch::nn::Module& module) {
 
 constexpr uint64_t open_end = std::numeric_limits<uint64_t>::max();
 
+using Clock = std::chrono::steady_clock;
+
+double seconds_between(Clock::time_point begin, Clock::time_point end) {
+  return std::chrono::duration<double>(end - begin).count();
+}
+
+// Gives the time since the last tick to whoever ticked then. Nodes of a device run on a thread of its own.
+class BackwardClock {
+ public:
+  explicit BackwardClock(size_t layers) : seconds_(layers, 0.0) {}
+
+  void tick(size_t layer) {
+    const Clock::time_point now = Clock::now();
+    const std::lock_guard guard(mutex_);
+    seconds_[layer_] += seconds_between(last_, now);
+    layer_ = layer;
+    last_ = now;
+  }
+
+  std::vector<double> seconds() const {
+    const std::lock_guard guard(mutex_);
+    return seconds_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<double> seconds_;
+  size_t layer_ = 0;
+  Clock::time_point last_ = Clock::now();
+};
+
+// Before a node, and not after it as well: a hook there would keep gradients alive for longer.
+class Tick final : public torch::autograd::FunctionPreHook {
+ public:
+  Tick(std::shared_ptr<BackwardClock> clock, size_t layer) : clock_(std::move(clock)), layer_(layer) {}
+  torch::autograd::variable_list operator()(const torch::autograd::variable_list& gradients) override {
+    clock_->tick(layer_);
+    return gradients;
+  }
+
+ private:
+  std::shared_ptr<BackwardClock> clock_;
+  size_t layer_;
+};
+
 }  // namespace
 
 struct Recording {
@@ -257,6 +305,41 @@ struct Recording {
   std::vector<size_t> open;     // of the regions, from the outermost in
   std::unordered_map<const Node*, Description> descriptions;
 
+  struct Running {
+    size_t region, layer;  // layer: its place in `times`
+    Clock::time_point begin;
+    double inside = 0;  // of the regions inside it
+  };
+  std::vector<LayerTime> times{LayerTime{}};  // the first is that of no layer
+  std::unordered_map<std::string, size_t> places{{"", 0}};
+  std::vector<Running> running;  // regions of the forward, from the outermost in
+  bool in_forward = true;
+  Clock::time_point forward_begin = Clock::now();
+  double forward_inside = 0;  // of all regions
+
+  size_t place_of(const std::string& layer) {
+    const auto [place, is_new] = places.try_emplace(layer, times.size());
+    if (is_new) times.push_back({layer, 0, 0});
+    return place->second;
+  }
+
+  void stop(size_t region) {
+    while (!running.empty() && running.back().region >= region) {
+      const Running& last = running.back();
+      const double seconds = seconds_between(last.begin, Clock::now());
+      times[last.layer].forward_seconds += seconds - last.inside;
+      running.pop_back();
+      (running.empty() ? forward_inside : running.back().inside) += seconds;
+    }
+  }
+
+  void end_forward() {
+    if (!in_forward) return;
+    stop(0);
+    in_forward = false;
+    times.front().forward_seconds += seconds_between(forward_begin, Clock::now()) - forward_inside;
+  }
+
   size_t enter(std::string name, bool absolute) {
     if (!absolute && !open.empty()) {
       const std::string& around = regions[open.back()].name;
@@ -264,10 +347,12 @@ struct Recording {
     }
     regions.push_back({std::move(name), at::sequence_number::peek()});
     open.push_back(regions.size() - 1);
+    if (in_forward) running.push_back({regions.size() - 1, place_of(regions.back().name), Clock::now()});
     return regions.size() - 1;
   }
 
   void leave(size_t region) {
+    stop(region);
     regions[region].end = at::sequence_number::peek();
     std::erase(open, region);
     // Steps without a graph must not make a long recording grow.
@@ -393,6 +478,33 @@ Report Recorder::report(const std::vector<at::Tensor>& outputs,
     report.rows.push_back(std::move(row));
   }
   return report;
+}
+
+void Recorder::backward(const at::Tensor& loss) {
+  recording_->end_forward();
+  std::vector<std::pair<NodePtr, size_t>> nodes;
+  for (const NodePtr& node : reachable_nodes({loss})) {
+    // The engine runs it right behind the node whose gradient it adds up.
+    if (dynamic_cast<torch::autograd::AccumulateGrad*>(node.get()) != nullptr) continue;
+    nodes.emplace_back(node, recording_->place_of(recording_->layer_of(*node)));
+  }
+  const auto clock = std::make_shared<BackwardClock>(recording_->times.size());
+  for (const auto& [node, layer] : nodes) node->add_pre_hook(std::make_unique<Tick>(clock, layer));
+  nodes.clear();
+  clock->tick(0);
+  loss.backward();
+  clock->tick(0);
+  const std::vector<double> seconds = clock->seconds();
+  for (size_t i = 0; i < seconds.size(); ++i) recording_->times[i].backward_seconds += seconds[i];
+}
+
+std::vector<LayerTime> Recorder::times() const {
+  std::vector<LayerTime> times = recording_->times;
+  if (recording_->in_forward) {
+    times.front().forward_seconds =
+        seconds_between(recording_->forward_begin, Clock::now()) - recording_->forward_inside;
+  }
+  return times;
 }
 
 int64_t kept_bytes(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& exclude) {

@@ -1,5 +1,7 @@
 #include <remnant/memory.h>
 
+#include "memory/timeline.h"
+
 #include <c10/core/Allocator.h>
 #include <c10/util/Exception.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
@@ -7,7 +9,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 
 namespace remnant::memory {
@@ -59,12 +63,20 @@ struct PeakMeter::State final : profiler::ProfilerStateBase {
     }
     live += size;
     peak = std::max(peak, live);
+    if (timeline.has_value()) note();
+  }
+
+  void note() {
+    const auto now = std::chrono::steady_clock::now();
+    timeline->add(std::chrono::duration<double>(now - started).count(), live);
   }
 
   std::atomic<bool> enabled = true;
   std::mutex mutex;
   int64_t live = 0;
   int64_t peak = 0;
+  std::optional<Timeline> timeline;
+  std::chrono::steady_clock::time_point started;  // of the timeline
   std::unordered_map<void*, int64_t> cpu_blocks;
   const std::shared_ptr<c10::ThreadLocalDebugInfo> around_info;  // owns `around`
   c10::MemoryReportingInfoBase* const around;
@@ -112,6 +124,20 @@ void PeakMeter::reset() {
   const std::lock_guard guard(state_->mutex);
   state_->live = 0;
   state_->peak = 0;
+}
+
+void PeakMeter::record(int64_t most_samples) {
+  TORCH_CHECK(most_samples >= 2,
+              "remnant::memory::PeakMeter::record: most_samples should be at least 2, got ", most_samples);
+  const std::lock_guard guard(state_->mutex);
+  state_->timeline.emplace(most_samples);
+  state_->started = std::chrono::steady_clock::now();
+  state_->note();
+}
+
+std::vector<Sample> PeakMeter::samples() const {
+  const std::lock_guard guard(state_->mutex);
+  return state_->timeline.has_value() ? state_->timeline->samples() : std::vector<Sample>();
 }
 
 }  // namespace remnant::memory

@@ -1,3 +1,4 @@
+#include <remnant/checkpoint.h>
 #include <remnant/memory.h>
 
 #include <ATen/ATen.h>
@@ -7,6 +8,7 @@
 #include <torch/nn/functional/normalization.h>
 #include <torch/nn/modules/linear.h>
 
+#include <chrono>
 #include <numeric>
 #include <thread>
 
@@ -376,6 +378,107 @@ TEST(Recorder, ManyEmptyRegionsLeaveNoTrace) {
   const LayerScope around("around");
   for (int i = 0; i < 1000; ++i) const LayerScope empty("empty");
   EXPECT_EQ(recorder.report({parameter({2}).exp()}).rows.at(0).layer, "around");
+}
+
+double forward_of(const std::vector<remnant::memory::LayerTime>& times, const std::string& layer) {
+  for (const auto& time : times) {
+    if (time.layer == layer) return time.forward_seconds;
+  }
+  return -1;
+}
+
+/// Waits in its backward, for as long as its forward was told.
+struct Wait : torch::autograd::Function<Wait> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
+                            int64_t milliseconds) {
+    ctx->saved_data["milliseconds"] = milliseconds;
+    return x.clone();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(ctx->saved_data["milliseconds"].toInt()));
+    return {grads[0], at::Tensor()};
+  }
+};
+
+TEST(Recorder, TimesLayersWithoutThoseInside) {
+  const auto wait = [](int milliseconds) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+  };
+  const at::Tensor w = parameter({4});
+  at::Tensor y;
+  const auto begin = std::chrono::steady_clock::now();
+  Recorder recorder;
+  {
+    const LayerScope outer("outer");
+    wait(4);
+    y = Wait::apply(w, 30);
+    {
+      const LayerScope inner("inner");
+      wait(20);
+      y = Wait::apply(y, 8);
+    }
+  }
+  const auto before = recorder.times();
+  EXPECT_GE(forward_of(before, "outer"), 0.004);
+  EXPECT_GE(forward_of(before, "outer.inner"), 0.020);
+  recorder.backward(y.sum());
+  const double wall = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  const auto times = recorder.times();
+  ASSERT_EQ(times.size(), 3u);
+  EXPECT_EQ(times[0].layer, "");
+  EXPECT_EQ(times[1].layer, "outer");
+  EXPECT_EQ(times[2].layer, "outer.inner");
+  EXPECT_EQ(times[1].forward_seconds, before[1].forward_seconds);
+  EXPECT_GE(times[1].backward_seconds, 0.030);
+  EXPECT_GE(times[2].backward_seconds, 0.008);
+  // Nothing is counted twice, as "inner" would be in "outer".
+  double sum = 0;
+  for (const auto& time : times) sum += time.forward_seconds + time.backward_seconds;
+  EXPECT_LE(sum, wall);
+  EXPECT_GE(sum, 0.062);
+  EXPECT_TRUE(at::equal(w.grad(), at::ones({4})));
+}
+
+TEST(Recorder, ItsBackwardChangesNeitherGradientsNorPeak) {
+  const at::Tensor w = parameter({64, 64}), x = at::randn({32, 64});
+  const auto step = [&](bool timed) {
+    w.mutable_grad().reset();
+    remnant::memory::PeakMeter meter;
+    Recorder recorder;
+    at::Tensor y = x;
+    for (int i = 0; i < 4; ++i) {
+      const LayerScope scope("layer");
+      y = at::mm(y, w).tanh();
+    }
+    const at::Tensor loss = y.sum();
+    if (timed) {
+      recorder.backward(loss);
+    } else {
+      loss.backward();
+    }
+    return std::pair<at::Tensor, int64_t>(w.grad().clone(), meter.peak_bytes());
+  };
+  const auto [plain, plain_peak] = step(false);
+  const auto [timed, timed_peak] = step(true);
+  EXPECT_TRUE(at::equal(plain, timed));
+  EXPECT_EQ(plain_peak, timed_peak);
+}
+
+TEST(Recorder, WhatBackwardRunsAgainIsNoForward) {
+  const at::Tensor w = parameter({4});
+  Recorder recorder;
+  const at::Tensor y = remnant::checkpoint(
+      [&](const at::Tensor& x) {
+        const LayerScope scope("inside");
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        return (x * w).tanh();
+      },
+      at::ones({4}));
+  const double forward = forward_of(recorder.times(), "inside");
+  EXPECT_GE(forward, 0.005);
+  recorder.backward(y.sum());
+  EXPECT_EQ(forward_of(recorder.times(), "inside"), forward);
 }
 
 }  // namespace

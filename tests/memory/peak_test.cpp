@@ -4,7 +4,12 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/profiler_kineto.h>
 
+#include "memory/timeline.h"
+
+#include <algorithm>
+#include <chrono>
 #include <thread>
+#include <vector>
 
 namespace {
 
@@ -163,6 +168,79 @@ TEST(PeakMeter, SaysThatAProfilerIsInTheWay) {
   profiler::disableProfiler();
   const PeakMeter meter;
   EXPECT_FALSE(torch::profiler::impl::profilerEnabled()) << "a meter must not pass for a profiler";
+}
+
+TEST(PeakMeter, ARecordingKeepsThePeakHoweverFewItsSamples) {
+  for (const int64_t most : {2, 3, 10, 64, 5000}) {
+    PeakMeter meter;
+    meter.record(most);
+    std::vector<at::Tensor> held;
+    for (int i = 0; i < 300; ++i) {
+      held.push_back(bytes(100 + i));
+      if (i % 3 == 0) held.erase(held.begin());
+    }
+    {
+      const at::Tensor highest = bytes(1 << 20);
+    }
+    held.clear();
+    const std::vector<remnant::memory::Sample> samples = meter.samples();
+    ASSERT_LE(static_cast<int64_t>(samples.size()), most);
+    int64_t highest = 0, lowest = samples.front().live_bytes;
+    double before = 0;
+    for (const auto& sample : samples) {
+      EXPECT_GE(sample.seconds, before);
+      before = sample.seconds;
+      highest = std::max(highest, sample.live_bytes);
+      lowest = std::min(lowest, sample.live_bytes);
+    }
+    EXPECT_EQ(highest, meter.peak_bytes());
+    EXPECT_EQ(lowest, 0);
+  }
+}
+
+TEST(PeakMeter, AllAllocationsAreThereWhereThereIsRoom) {
+  PeakMeter meter;
+  EXPECT_TRUE(meter.samples().empty());
+  meter.record();
+  std::vector<at::Tensor> held;
+  for (int i = 0; i < 5; ++i) {
+    held.push_back(bytes(1000));
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  std::vector<int64_t> live;
+  for (const auto& sample : meter.samples()) live.push_back(sample.live_bytes);
+  // The first allocation may share its microsecond with the recording's start.
+  EXPECT_EQ(live, (std::vector<int64_t>{0, 1000, 2000, 3000, 4000, 5000}));
+  meter.record();
+  EXPECT_EQ(meter.samples().size(), 1u) << "a new recording starts anew";
+  EXPECT_THROW(meter.record(1), c10::Error);
+}
+
+TEST(PeakMeter, RecordingsOfNestedMetersSeeTheSame) {
+  PeakMeter outer;
+  outer.record();
+  {
+    PeakMeter inner;
+    inner.record();
+    const at::Tensor a = bytes(5000);
+    EXPECT_EQ(inner.samples().back().live_bytes, 5000);
+  }
+  EXPECT_EQ(outer.samples().back().live_bytes, 0);
+  EXPECT_EQ(outer.peak_bytes(), 5000);
+}
+
+TEST(Timeline, HalvesItsSlotsAndKeepsExtremesInOrder) {
+  remnant::memory::Timeline timeline(8);
+  for (int i = 0; i < 10000; ++i) timeline.add(i * 1e-4, i == 5000 ? 77 : i == 5001 ? -77 : i % 10);
+  const auto samples = timeline.samples();
+  ASSERT_LE(samples.size(), 8u);
+  ASSERT_GE(samples.size(), 4u);
+  const auto high =
+      std::find_if(samples.begin(), samples.end(), [](const auto& s) { return s.live_bytes == 77; });
+  ASSERT_NE(high, samples.end());
+  EXPECT_DOUBLE_EQ(high->seconds, 0.5);
+  ASSERT_NE(high + 1, samples.end());
+  EXPECT_EQ((high + 1)->live_bytes, -77);
 }
 
 }  // namespace

@@ -41,8 +41,8 @@ LoadedTensors load_tensors(const std::filesystem::path& file);
 /// A file of JSON. Throws Error when it is missing or is none.
 nlohmann::ordered_json read_json_file(const std::filesystem::path& file);
 
-/// A run's folder: config.json, metrics.jsonl, memory.json, summary.json, checkpoint/, vocabularies,
-/// TensorBoard events.
+/// A run's folder: config.json, metrics.jsonl, memory.json, timeline.json, summary.json, checkpoint/,
+/// vocabularies, TensorBoard events.
 class RunFolder {
  public:
   /// Makes the folder. Throws Error when it already holds a run (unless `resume`).

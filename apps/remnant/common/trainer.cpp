@@ -3,6 +3,7 @@
 #include "common/adam.h"
 #include "common/error.h"
 #include "common/random_state.h"
+#include "common/step_trace.h"
 #include "common/text.h"
 
 #include <remnant/memory.h>
@@ -150,6 +151,7 @@ class Trainer {
     } else {
       if (fs::exists(run_.path() / "metrics.jsonl")) run_.drop_metrics_after(0);
     }
+    if (!resumed || !fs::exists(run_.path() / "timeline.json")) traces_left_ = 2;
     announce(resumed);
     set_memory();
     if (!fs::exists(run_.path() / "memory.json")) write_memory();
@@ -318,13 +320,20 @@ class Trainer {
     const Tensor random_before = checked ? random_state() : Tensor();
     auto start = std::chrono::steady_clock::now();
     adam_.zero_gradients();
-    const StepCost cost = accumulate_gradients(group, bf16());
+    // The first step also warms up, so the second replaces what it leaves.
+    std::optional<StepTrace> trace;
+    if (traces_left_ > 0 && !checked) {
+      trace.emplace(model_);
+      --traces_left_;
+    }
+    const StepCost cost = accumulate_gradients(group, bf16(), trace.has_value() ? &*trace : nullptr);
     std::optional<Fidelity> fidelity;
     if (checked) {
       const auto pause = std::chrono::steady_clock::now();
       fidelity = check_gradients(model_, group, task_.halves(first, count), bf16(), random_before);
       start += std::chrono::steady_clock::now() - pause;  // the step's time is that without the check
     }
+    if (trace.has_value()) trace->optimizer();
     const double norm = adam_.clip(options_.clip);
     if (!std::isfinite(cost.loss) || !std::isfinite(norm)) {
       progress.clear();
@@ -334,6 +343,8 @@ class Trainer {
     adam_.step(options_.learning_rate);
     ++step_;
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (trace.has_value()) trace->write(run_, step_, cost.kept_bytes);
+    trace.reset();
     int64_t tokens = 0;
     for (const Minibatch& batch : group) tokens += batch.tokens;
     const double speed = static_cast<double>(tokens) / std::max(seconds, 1e-9);
@@ -535,6 +546,7 @@ class Trainer {
   Adam adam_;
   std::unique_ptr<EventWriter> events_;
   std::vector<Record> records_;
+  int traces_left_ = 0;                          ///< steps still to be traced
   int64_t step_ = 0, epoch_ = 0, position_ = 0;  ///< position: batches of this epoch already seen
   int64_t best_epoch_ = 0;
   Measures best_;
@@ -542,15 +554,20 @@ class Trainer {
 
 }  // namespace
 
-StepCost accumulate_gradients(const std::vector<Minibatch>& batches, bool bf16) {
+StepCost accumulate_gradients(const std::vector<Minibatch>& batches, bool bf16, StepTrace* trace) {
   const int64_t terms = terms_of(batches);
   StepCost cost;
   const memory::PeakMeter meter;
   for (const Minibatch& batch : batches) {
     const int64_t before = meter.live_bytes();
+    if (trace != nullptr) trace->forward();
     const Tensor loss = batch_loss(batch, terms, bf16);
     cost.kept_bytes = std::max(cost.kept_bytes, meter.live_bytes() - before);
-    loss.backward();
+    if (trace != nullptr) {
+      trace->backward(loss);
+    } else {
+      loss.backward();
+    }
     cost.loss += loss.item<double>();
   }
   cost.peak_bytes = meter.peak_bytes();

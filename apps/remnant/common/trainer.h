@@ -36,9 +36,11 @@ struct StepCost {
   int64_t peak_bytes = 0;
 };
 
+class StepTrace;
+
 /// Adds to the parameters' gradients that of the mean loss a term over all of `batches`, one batch after
-/// the other: N batches give what one batch of all their examples would.
-StepCost accumulate_gradients(const std::vector<Minibatch>& batches, bool bf16);
+/// the other: N batches give what one batch of all their examples would. `trace`, if any, observes.
+StepCost accumulate_gradients(const std::vector<Minibatch>& batches, bool bf16, StepTrace* trace = nullptr);
 
 /// How far the gradient that accumulate_gradients, started from `random_before`, has left in the parameters
 /// is from the exact one. Changes nothing. `halves` hold the examples of `batches` in two parts; no added
