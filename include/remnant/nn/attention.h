@@ -5,6 +5,7 @@
 #include <remnant/setting.h>
 
 #include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
 
@@ -85,6 +86,11 @@ class REMNANT_API MultiheadAttentionImpl : public torch::nn::Cloneable<Multihead
   at::Tensor q_proj_weight, k_proj_weight, v_proj_weight;  // otherwise
   at::Tensor bias_k, bias_v;
   torch::nn::Linear out_proj = nullptr;  // "out_proj.weight", "out_proj.bias"
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(at::Tensor())}, {4, torch::nn::AnyValue(true)},
+                           {5, torch::nn::AnyValue(at::Tensor())}, {6, torch::nn::AnyValue(true)},
+                           {7, torch::nn::AnyValue(false)})
 };
 TORCH_MODULE(MultiheadAttention);
 

@@ -53,6 +53,10 @@ class REMNANT_API TransformerEncoderLayerImpl : public torch::nn::Cloneable<Tran
   torch::nn::Linear linear1 = nullptr, linear2 = nullptr;
   torch::nn::LayerNorm norm1 = nullptr, norm2 = nullptr;
   torch::nn::Dropout dropout = nullptr, dropout1 = nullptr, dropout2 = nullptr;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(at::Tensor())}, {2, torch::nn::AnyValue(at::Tensor())},
+                           {3, torch::nn::AnyValue(false)})
 };
 TORCH_MODULE(TransformerEncoderLayer);
 
@@ -89,6 +93,11 @@ class REMNANT_API TransformerDecoderLayerImpl : public torch::nn::Cloneable<Tran
   torch::nn::Linear linear1 = nullptr, linear2 = nullptr;
   torch::nn::LayerNorm norm1 = nullptr, norm2 = nullptr, norm3 = nullptr;
   torch::nn::Dropout dropout = nullptr, dropout1 = nullptr, dropout2 = nullptr, dropout3 = nullptr;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({2, torch::nn::AnyValue(at::Tensor())}, {3, torch::nn::AnyValue(at::Tensor())},
+                           {4, torch::nn::AnyValue(at::Tensor())}, {5, torch::nn::AnyValue(at::Tensor())},
+                           {6, torch::nn::AnyValue(false)}, {7, torch::nn::AnyValue(false)})
 };
 TORCH_MODULE(TransformerDecoderLayer);
 

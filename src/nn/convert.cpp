@@ -1,0 +1,628 @@
+#include <remnant/convert.h>
+#include <remnant/nn/attention.h>
+#include <remnant/nn/layers.h>
+#include <remnant/nn/transformer.h>
+#include <remnant/nn/transformer_stack.h>
+#include <remnant/plan.h>
+
+#include <ATen/Context.h>
+#include <ATen/core/Generator.h>
+#include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/container/any.h>
+#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/dropout.h>
+#include <torch/nn/modules/normalization.h>
+#include <torch/nn/modules/transformer.h>
+#include <torch/nn/modules/transformercoder.h>
+#include <torch/nn/modules/transformerlayer.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+#include <typeinfo>
+#include <utility>
+#include <variant>
+
+namespace remnant {
+namespace {
+
+using at::Tensor;
+using torch::nn::AnyModule;
+using torch::nn::Module;
+
+/// Why a module has no equal on the other side.
+struct Refusal : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// Puts the random state back, from which new modules draw the weights that they then lose.
+class SameRandomState {
+ public:
+  SameRandomState()
+      : generator_(at::globalContext().defaultGenerator(at::kCPU)), state_(generator_.get_state()) {}
+  ~SameRandomState() { generator_.set_state(state_); }
+  SameRandomState(const SameRandomState&) = delete;
+  SameRandomState& operator=(const SameRandomState&) = delete;
+
+ private:
+  at::Generator generator_;
+  Tensor state_;
+};
+
+/// register_parameter only adds, and makes an undefined tensor's entry anew.
+struct Parameters : Module {
+  static torch::OrderedDict<std::string, Tensor>& of(Module& module) {
+    return module.*(&Parameters::parameters_);
+  }
+};
+
+std::set<std::string> own_names(const Module& module) {
+  std::set<std::string> names;
+  for (const auto& item : module.named_parameters(/*recurse=*/false)) names.insert(item.key());
+  for (const auto& item : module.named_buffers(/*recurse=*/false)) names.insert(item.key());
+  for (const auto& item : module.named_children()) names.insert(item.key());
+  return names;
+}
+
+/// Gives `twin`, which is new, the parameters, submodules and mode of `source`, in its order. Members that
+/// point to them are the caller's.
+void adopt(Module& twin, Module& source) {
+  if (own_names(twin) != own_names(source)) {
+    throw Refusal("it does not have just the parameters and submodules that its type brings along");
+  }
+  twin.train(source.is_training());  // before it shares submodules, which have a mode of their own
+  // An absent bias is an entry too, in torch::nn's modules and not in remnant::nn's; clone() counts them.
+  torch::OrderedDict<std::string, Tensor> parameters;
+  for (const auto& item : Parameters::of(source)) {
+    if (item->defined()) parameters.insert(item.key(), item.value());
+  }
+  for (const auto& item : Parameters::of(twin)) {
+    if (!item->defined()) parameters.insert(item.key(), item.value());
+  }
+  Parameters::of(twin) = std::move(parameters);
+  for (const auto& child : twin.named_children()) twin.unregister_module(child.key());
+  for (const auto& child : source.named_children()) twin.register_module(child.key(), child.value());
+}
+
+template <typename To, typename From>
+void share_attention(To& twin, From& source) {
+  adopt(twin, source);
+  twin.in_proj_weight = source.in_proj_weight;
+  twin.in_proj_bias = source.in_proj_bias;
+  twin.q_proj_weight = source.q_proj_weight;
+  twin.k_proj_weight = source.k_proj_weight;
+  twin.v_proj_weight = source.v_proj_weight;
+  twin.bias_k = source.bias_k;
+  twin.bias_v = source.bias_v;
+  twin.out_proj = source.out_proj;
+}
+
+/// All of a layer but its attentions, which the caller has made.
+template <typename To, typename From, typename Attention>
+void share_layer(To& twin, From& source, const Attention& self_attn) {
+  adopt(twin, source);
+  twin.self_attn = twin.replace_module("self_attn", self_attn);
+  twin.linear1 = source.linear1;
+  twin.linear2 = source.linear2;
+  twin.norm1 = source.norm1;
+  twin.norm2 = source.norm2;
+  twin.dropout = source.dropout;
+  twin.dropout1 = source.dropout1;
+  twin.dropout2 = source.dropout2;
+}
+
+template <typename To, typename From, typename Attention>
+void share_decoder_layer(To& twin, From& source, const Attention& self_attn, const Attention& cross) {
+  share_layer(twin, source, self_attn);
+  twin.multihead_attn = twin.replace_module("multihead_attn", cross);
+  twin.norm3 = source.norm3;
+  twin.dropout3 = source.dropout3;
+}
+
+/// The AnyModules through which `module` calls its parts.
+std::vector<AnyModule*> slots_of(Module& module) {
+  std::vector<AnyModule*> slots;
+  if (auto* sequential = dynamic_cast<torch::nn::SequentialImpl*>(&module)) {
+    for (AnyModule& part : *sequential) slots.push_back(&part);
+  } else if (auto* transformer = dynamic_cast<torch::nn::TransformerImpl*>(&module)) {
+    slots = {&transformer->encoder, &transformer->decoder};
+  } else if (auto* encoder = dynamic_cast<nn::TransformerEncoderImpl*>(&module)) {
+    slots = {&encoder->norm};
+  } else if (auto* decoder = dynamic_cast<nn::TransformerDecoderImpl*>(&module)) {
+    slots = {&decoder->norm};
+  } else if (auto* torch_encoder = dynamic_cast<torch::nn::TransformerEncoderImpl*>(&module)) {
+    slots = {&torch_encoder->norm};
+  } else if (auto* torch_decoder = dynamic_cast<torch::nn::TransformerDecoderImpl*>(&module)) {
+    slots = {&torch_decoder->norm};
+  }
+  if (auto* parts = dynamic_cast<nn::ConvertibleParts*>(&module)) {
+    for (AnyModule* part : parts->convertible_parts()) slots.push_back(part);
+  }
+  return slots;
+}
+
+bool is_stack(const Module& module) {
+  return dynamic_cast<const torch::nn::TransformerEncoderImpl*>(&module) != nullptr ||
+         dynamic_cast<const torch::nn::TransformerDecoderImpl*>(&module) != nullptr ||
+         dynamic_cast<const nn::TransformerEncoderImpl*>(&module) != nullptr ||
+         dynamic_cast<const nn::TransformerDecoderImpl*>(&module) != nullptr;
+}
+
+/// Whether a module is converted, or left, with all that it is made of.
+bool is_whole(const Module& module) {
+  return dynamic_cast<const torch::nn::TransformerEncoderLayerImpl*>(&module) != nullptr ||
+         dynamic_cast<const torch::nn::TransformerDecoderLayerImpl*>(&module) != nullptr ||
+         dynamic_cast<const torch::nn::MultiheadAttentionImpl*>(&module) != nullptr ||
+         dynamic_cast<const nn::MultiheadAttentionImpl*>(&module) != nullptr ||
+         dynamic_cast<const nn::KeepsByChoice*>(&module) != nullptr;
+}
+
+std::string joined(const std::string& path, const std::string& name) {
+  return path.empty() ? name : path + "." + name;
+}
+
+/// Walks a model, notes what takes whose place, and exchanges it all at the end.
+class Walk {
+ public:
+  virtual ~Walk() = default;
+
+  /// Looks at the parts of `module`.
+  void visit(Module& module, const std::string& path) {
+    meet(module);
+    if (!visited_.insert(&module).second || is_whole(module)) return;
+    const std::vector<AnyModule*> slots = slots_of(module);
+    for (const auto& child : module.named_children()) {
+      // A stack's layers go with it.
+      if (is_stack(module) && child.key() == "layers") continue;
+      const std::string name = joined(path, child.key());
+      std::vector<AnyModule*> its_slots;
+      for (AnyModule* slot : slots) {
+        if (!slot->is_empty() && slot->ptr() == child.value()) its_slots.push_back(slot);
+      }
+      if (its_slots.empty()) {
+        visit_typed(module, *child.value(), name);
+      } else {
+        visit_slots(its_slots, &module, child.key(), name);
+      }
+    }
+  }
+
+  /// One module, called through `slots`; `parent`, where there is one, has it registered as `key`.
+  void visit_slots(const std::vector<AnyModule*>& slots, Module* parent, const std::string& key,
+                   const std::string& name) {
+    const std::shared_ptr<Module> module = slots.front()->ptr();
+    if (kind(*module) == nullptr) {
+      visit(*module, name);
+      return;
+    }
+    AnyModule twin;
+    try {
+      twin = make(module);
+    } catch (const Refusal& refusal) {
+      left(name, refusal.what());
+      return visit(*module, name);
+    } catch (const c10::Error& error) {  // of the other side's checks
+      left(name, error.what_without_backtrace());
+      return visit(*module, name);
+    }
+    result_.converted.push_back(name);
+    exchanges_.push_back({slots, parent, key, twin});
+    visit(*twin.ptr(), name);
+  }
+
+  /// The model where nobody's member or slot is known that holds it.
+  void visit_root(Module& model) {
+    if (const char* replacement = kind(model)) {
+      left("",
+           std::string("only its parts can be replaced: hand it over in a torch::nn::AnyModule to get a ") +
+               replacement);
+    }
+    visit(model, "");
+  }
+
+  Conversion finish() {
+    for (const Exchange& exchange : exchanges_) {
+      if (exchange.parent != nullptr) exchange.parent->replace_module(exchange.key, exchange.twin.ptr());
+      for (AnyModule* slot : exchange.slots) *slot = exchange.twin;
+    }
+    return std::move(result_);
+  }
+
+ protected:
+  /// The name of the type that replaces `module`'s; null where none does.
+  virtual const char* kind(const Module& module) const = 0;
+  /// The replacement of a module of such a kind. Throws Refusal.
+  virtual AnyModule make(const std::shared_ptr<Module>& module) = 0;
+  /// Told of every module that stays.
+  virtual void meet(Module& module) {}
+  /// The reason why a part that is not called through an AnyModule stays.
+  virtual std::string typed_reason(const Module& parent, const char* replacement) const = 0;
+
+  /// The twin of `source`, made once, so that what was shared stays shared.
+  template <typename To, typename From, typename Make>
+  std::shared_ptr<To> once(const std::shared_ptr<From>& source, const Make& make_twin) {
+    std::shared_ptr<Module>& twin = twins_[source];
+    if (!twin) twin = make_twin();
+    return std::dynamic_pointer_cast<To>(twin);
+  }
+
+ private:
+  struct Exchange {
+    std::vector<AnyModule*> slots;
+    Module* parent;
+    std::string key;
+    AnyModule twin;
+  };
+
+  void visit_typed(Module& parent, Module& module, const std::string& name) {
+    if (const char* replacement = kind(module)) left(name, typed_reason(parent, replacement));
+    visit(module, name);
+  }
+
+  void left(const std::string& name, const std::string& reason) { result_.left.push_back({name, reason}); }
+
+  std::set<Module*> visited_;
+  std::map<std::shared_ptr<Module>, std::shared_ptr<Module>> twins_;
+  std::vector<Exchange> exchanges_;
+  Conversion result_;
+};
+
+/// `module` as a T, which a class derived from T is not: its forward may be its own.
+template <typename T>
+std::shared_ptr<T> exactly(const std::shared_ptr<Module>& module, const char* type) {
+  auto found = std::dynamic_pointer_cast<T>(module);
+  if (found && typeid(*found) != typeid(T)) {
+    throw Refusal(std::string("it is of a class derived from ") + type + ", whose forward may be its own");
+  }
+  return found;
+}
+
+template <typename FromLayer, typename From, typename MakeLayer>
+auto make_stack_layer(From& source, size_t i, const char* layer_type, const MakeLayer& make_layer) {
+  try {
+    return make_layer(exactly<FromLayer>(source.layers->ptr(i), layer_type));
+  } catch (const Refusal& refusal) {
+    throw Refusal("of its layers." + std::to_string(i) + ": " + refusal.what());
+  }
+}
+
+/// `twin`, a stack without layers, with those that make_layer makes of `source`'s.
+template <typename FromLayer, typename To, typename From, typename MakeLayer>
+void share_stack(To& twin, From& source, const char* layer_type, const MakeLayer& make_layer) {
+  twin.train(source.is_training());  // before there are layers, which have a mode of their own
+  twin.layers->train(source.layers->is_training());
+  for (size_t i = 0; i < source.layers->size(); ++i) {
+    twin.layers->push_back(make_stack_layer<FromLayer>(source, i, layer_type, make_layer));
+  }
+  twin.norm = source.norm;
+  if (!twin.norm.is_empty()) twin.register_module("norm", twin.norm.ptr());
+  if (own_names(twin) != own_names(source)) {
+    throw Refusal("it has parameters or submodules beside those that its type brings along");
+  }
+}
+
+class ToRemnant final : public Walk {
+ public:
+  explicit ToRemnant(const LayerMemory& memory) : memory_(memory) {}
+
+ protected:
+  const char* kind(const Module& module) const override {
+    if (dynamic_cast<const torch::nn::MultiheadAttentionImpl*>(&module)) {
+      return "remnant::nn::MultiheadAttention";
+    }
+    if (dynamic_cast<const torch::nn::TransformerEncoderLayerImpl*>(&module)) {
+      return "remnant::nn::TransformerEncoderLayer";
+    }
+    if (dynamic_cast<const torch::nn::TransformerDecoderLayerImpl*>(&module)) {
+      return "remnant::nn::TransformerDecoderLayer";
+    }
+    if (dynamic_cast<const torch::nn::TransformerEncoderImpl*>(&module)) {
+      return "remnant::nn::TransformerEncoder";
+    }
+    if (dynamic_cast<const torch::nn::TransformerDecoderImpl*>(&module)) {
+      return "remnant::nn::TransformerDecoder";
+    }
+    if (dynamic_cast<const torch::nn::LayerNormImpl*>(&module)) return "remnant::nn::LayerNorm";
+    if (dynamic_cast<const torch::nn::DropoutImpl*>(&module)) return "remnant::nn::Dropout";
+    return nullptr;
+  }
+
+  void meet(Module& module) override {
+    // Outside of layers nobody else passes a setting on to attention.
+    if (auto* attention = dynamic_cast<nn::MultiheadAttentionImpl*>(&module)) {
+      attention->options.keep(memory_.attention);
+    }
+  }
+
+  std::string typed_reason(const Module& parent, const char* replacement) const override {
+    const std::string in_list = "it is in a torch::nn::ModuleList, whose reader casts it to its type";
+    const std::string member = "its owner calls it by its type";
+    const bool list = dynamic_cast<const torch::nn::ModuleListImpl*>(&parent) != nullptr;
+    return (list ? in_list : member) + ": hold it in a torch::nn::AnyModule that " +
+           "remnant::nn::ConvertibleParts names, or declare it as " + replacement;
+  }
+
+  AnyModule make(const std::shared_ptr<Module>& module) override {
+    if (auto found = exactly<torch::nn::MultiheadAttentionImpl>(module, "torch::nn::MultiheadAttention")) {
+      return AnyModule(attention(found));
+    }
+    if (auto found =
+            exactly<torch::nn::TransformerEncoderLayerImpl>(module, "torch::nn::TransformerEncoderLayer")) {
+      return AnyModule(encoder_layer(found));
+    }
+    if (auto found =
+            exactly<torch::nn::TransformerDecoderLayerImpl>(module, "torch::nn::TransformerDecoderLayer")) {
+      return AnyModule(decoder_layer(found));
+    }
+    if (auto found = exactly<torch::nn::TransformerEncoderImpl>(module, "torch::nn::TransformerEncoder")) {
+      return AnyModule(once<nn::TransformerEncoderImpl>(found, [&] {
+        auto twin = std::make_shared<nn::TransformerEncoderImpl>(std::vector<nn::TransformerEncoderLayer>());
+        share_stack<torch::nn::TransformerEncoderLayerImpl>(
+            *twin, *found, "torch::nn::TransformerEncoderLayer",
+            [&](const auto& layer) { return encoder_layer(layer); });
+        return twin;
+      }));
+    }
+    if (auto found = exactly<torch::nn::TransformerDecoderImpl>(module, "torch::nn::TransformerDecoder")) {
+      return AnyModule(once<nn::TransformerDecoderImpl>(found, [&] {
+        auto twin = std::make_shared<nn::TransformerDecoderImpl>(std::vector<nn::TransformerDecoderLayer>());
+        share_stack<torch::nn::TransformerDecoderLayerImpl>(
+            *twin, *found, "torch::nn::TransformerDecoderLayer",
+            [&](const auto& layer) { return decoder_layer(layer); });
+        return twin;
+      }));
+    }
+    if (auto found = exactly<torch::nn::LayerNormImpl>(module, "torch::nn::LayerNorm")) {
+      return AnyModule(once<nn::LayerNormImpl>(found, [&] {
+        auto twin = std::make_shared<nn::LayerNormImpl>(found->options);
+        adopt(*twin, *found);
+        twin->weight = found->weight;
+        twin->bias = found->bias;
+        return twin;
+      }));
+    }
+    const auto found = exactly<torch::nn::DropoutImpl>(module, "torch::nn::Dropout");
+    return AnyModule(once<nn::DropoutImpl>(found, [&] {
+      auto twin = std::make_shared<nn::DropoutImpl>(found->options);
+      adopt(*twin, *found);
+      return twin;
+    }));
+  }
+
+ private:
+  std::shared_ptr<nn::MultiheadAttentionImpl> attention(
+      const std::shared_ptr<torch::nn::MultiheadAttentionImpl>& source) {
+    return once<nn::MultiheadAttentionImpl>(source, [&] {
+      const auto& of = source->options;
+      auto twin = std::make_shared<nn::MultiheadAttentionImpl>(
+          nn::MultiheadAttentionOptions(of.embed_dim(), of.num_heads())
+              .dropout(of.dropout())
+              .bias(of.bias())
+              .add_bias_kv(of.add_bias_kv())
+              .add_zero_attn(of.add_zero_attn())
+              .kdim(of.kdim())
+              .vdim(of.vdim())
+              .keep(memory_.attention));
+      share_attention(*twin, *source);
+      return twin;
+    });
+  }
+
+  template <typename Options>
+  nn::TransformerLayerOptions layer_options(const Options& of) const {
+    if (std::holds_alternative<std::function<Tensor(const Tensor&)>>(of.activation())) {
+      throw Refusal("its activation is a function; remnant::nn's layers know torch::kReLU and torch::kGELU");
+    }
+    const bool gelu = std::holds_alternative<torch::enumtype::kGELU>(of.activation());
+    return nn::TransformerLayerOptions(of.d_model(), of.nhead())
+        .dim_feedforward(of.dim_feedforward())
+        .dropout(of.dropout())
+        .activation(gelu ? nn::Activation::gelu : nn::Activation::relu)
+        .memory(memory_);
+  }
+
+  std::shared_ptr<nn::TransformerEncoderLayerImpl> encoder_layer(
+      const std::shared_ptr<torch::nn::TransformerEncoderLayerImpl>& source) {
+    return once<nn::TransformerEncoderLayerImpl>(source, [&] {
+      auto twin = std::make_shared<nn::TransformerEncoderLayerImpl>(layer_options(source->options));
+      share_layer(*twin, *source, attention(source->self_attn.ptr()));
+      return twin;
+    });
+  }
+
+  std::shared_ptr<nn::TransformerDecoderLayerImpl> decoder_layer(
+      const std::shared_ptr<torch::nn::TransformerDecoderLayerImpl>& source) {
+    return once<nn::TransformerDecoderLayerImpl>(source, [&] {
+      auto twin = std::make_shared<nn::TransformerDecoderLayerImpl>(layer_options(source->options));
+      share_decoder_layer(*twin, *source, attention(source->self_attn.ptr()),
+                          attention(source->multihead_attn.ptr()));
+      return twin;
+    });
+  }
+
+  LayerMemory memory_;
+};
+
+class ToTorch final : public Walk {
+ protected:
+  const char* kind(const Module& module) const override {
+    if (dynamic_cast<const nn::MultiheadAttentionImpl*>(&module)) return "torch::nn::MultiheadAttention";
+    if (dynamic_cast<const nn::TransformerEncoderLayerImpl*>(&module)) {
+      return "torch::nn::TransformerEncoderLayer";
+    }
+    if (dynamic_cast<const nn::TransformerDecoderLayerImpl*>(&module)) {
+      return "torch::nn::TransformerDecoderLayer";
+    }
+    if (dynamic_cast<const nn::TransformerEncoderImpl*>(&module)) return "torch::nn::TransformerEncoder";
+    if (dynamic_cast<const nn::TransformerDecoderImpl*>(&module)) return "torch::nn::TransformerDecoder";
+    if (dynamic_cast<const nn::LayerNormImpl*>(&module)) return "torch::nn::LayerNorm";
+    if (dynamic_cast<const nn::DropoutImpl*>(&module)) return "torch::nn::Dropout";
+    return nullptr;
+  }
+
+  std::string typed_reason(const Module& parent, const char* replacement) const override {
+    return std::string("its owner calls it by its type: declare it as ") + replacement +
+           ", or give it Memory::eager(), under which it keeps what PyTorch keeps";
+  }
+
+  AnyModule make(const std::shared_ptr<Module>& module) override {
+    if (auto found = exactly<nn::MultiheadAttentionImpl>(module, "remnant::nn::MultiheadAttention")) {
+      return AnyModule(attention(found));
+    }
+    if (auto found =
+            exactly<nn::TransformerEncoderLayerImpl>(module, "remnant::nn::TransformerEncoderLayer")) {
+      return AnyModule(encoder_layer(found));
+    }
+    if (auto found =
+            exactly<nn::TransformerDecoderLayerImpl>(module, "remnant::nn::TransformerDecoderLayer")) {
+      return AnyModule(decoder_layer(found));
+    }
+    if (auto found = exactly<nn::TransformerEncoderImpl>(module, "remnant::nn::TransformerEncoder")) {
+      return AnyModule(once<torch::nn::TransformerEncoderImpl>(found, [&] {
+        return stack<torch::nn::TransformerEncoderImpl, torch::nn::TransformerEncoderOptions,
+                     torch::nn::TransformerEncoderLayer, nn::TransformerEncoderLayerImpl>(
+            *found, "remnant::nn::TransformerEncoderLayer",
+            [&](const auto& layer) { return encoder_layer(layer); });
+      }));
+    }
+    if (auto found = exactly<nn::TransformerDecoderImpl>(module, "remnant::nn::TransformerDecoder")) {
+      return AnyModule(once<torch::nn::TransformerDecoderImpl>(found, [&] {
+        return stack<torch::nn::TransformerDecoderImpl, torch::nn::TransformerDecoderOptions,
+                     torch::nn::TransformerDecoderLayer, nn::TransformerDecoderLayerImpl>(
+            *found, "remnant::nn::TransformerDecoderLayer",
+            [&](const auto& layer) { return decoder_layer(layer); });
+      }));
+    }
+    if (auto found = exactly<nn::LayerNormImpl>(module, "remnant::nn::LayerNorm")) {
+      return AnyModule(once<torch::nn::LayerNormImpl>(found, [&] {
+        auto twin = std::make_shared<torch::nn::LayerNormImpl>(found->options);
+        adopt(*twin, *found);
+        twin->weight = found->weight;
+        twin->bias = found->bias;
+        return twin;
+      }));
+    }
+    const auto found = exactly<nn::DropoutImpl>(module, "remnant::nn::Dropout");
+    return AnyModule(once<torch::nn::DropoutImpl>(found, [&] {
+      auto twin = std::make_shared<torch::nn::DropoutImpl>(found->options);
+      adopt(*twin, *found);
+      return twin;
+    }));
+  }
+
+ private:
+  std::shared_ptr<torch::nn::MultiheadAttentionImpl> attention(
+      const std::shared_ptr<nn::MultiheadAttentionImpl>& source) {
+    return once<torch::nn::MultiheadAttentionImpl>(source, [&] {
+      const auto& of = source->options;
+      if (of.batch_first()) throw Refusal("it is batch_first, which torch::nn's is not in C++");
+      auto options = torch::nn::MultiheadAttentionOptions(of.embed_dim(), of.num_heads())
+                         .dropout(of.dropout())
+                         .bias(of.bias())
+                         .add_bias_kv(of.add_bias_kv())
+                         .add_zero_attn(of.add_zero_attn());
+      if (of.kdim() > 0) options.kdim(of.kdim());
+      if (of.vdim() > 0) options.vdim(of.vdim());
+      auto twin = std::make_shared<torch::nn::MultiheadAttentionImpl>(options);
+      share_attention(*twin, *source);
+      return twin;
+    });
+  }
+
+  template <typename Options>
+  static Options layer_options(const nn::TransformerLayerOptions& of) {
+    if (of.norm_first() || of.batch_first() || !of.bias()) {
+      throw Refusal("it is norm_first, batch_first or without bias, which torch::nn's layers are not in C++");
+    }
+    auto options =
+        Options(of.d_model(), of.nhead()).dim_feedforward(of.dim_feedforward()).dropout(of.dropout());
+    if (of.activation() == nn::Activation::gelu) return options.activation(torch::kGELU);
+    return options.activation(torch::kReLU);
+  }
+
+  std::shared_ptr<torch::nn::TransformerEncoderLayerImpl> encoder_layer(
+      const std::shared_ptr<nn::TransformerEncoderLayerImpl>& source) {
+    return once<torch::nn::TransformerEncoderLayerImpl>(source, [&] {
+      auto twin = std::make_shared<torch::nn::TransformerEncoderLayerImpl>(
+          layer_options<torch::nn::TransformerEncoderLayerOptions>(source->options));
+      share_layer(*twin, *source, attention(source->self_attn.ptr()));
+      return twin;
+    });
+  }
+
+  std::shared_ptr<torch::nn::TransformerDecoderLayerImpl> decoder_layer(
+      const std::shared_ptr<nn::TransformerDecoderLayerImpl>& source) {
+    return once<torch::nn::TransformerDecoderLayerImpl>(source, [&] {
+      auto twin = std::make_shared<torch::nn::TransformerDecoderLayerImpl>(
+          layer_options<torch::nn::TransformerDecoderLayerOptions>(source->options));
+      share_decoder_layer(*twin, *source, attention(source->self_attn.ptr()),
+                          attention(source->multihead_attn.ptr()));
+      return twin;
+    });
+  }
+
+  template <typename To, typename Options, typename Layer, typename FromLayer, typename From,
+            typename MakeLayer>
+  static std::shared_ptr<To> stack(From& source, const char* layer_type, const MakeLayer& make_layer) {
+    if (source.layers->is_empty())
+      throw Refusal("it has no layers, without which torch::nn's cannot be made");
+    const Layer first(make_stack_layer<FromLayer>(source, 0, layer_type, make_layer));
+    auto twin = std::make_shared<To>(Options(first, 0));
+    share_stack<FromLayer>(*twin, source, layer_type, make_layer);
+    twin->options.num_layers(static_cast<int64_t>(twin->layers->size())).norm(twin->norm);
+    return twin;
+  }
+};
+
+Conversion run(Walk& walk, Module& model) {
+  const SameRandomState same_random_state;
+  walk.visit_root(model);
+  return walk.finish();
+}
+
+Conversion run(Walk& walk, AnyModule& model, const char* name) {
+  TORCH_CHECK(!model.is_empty(), name, ": the AnyModule is empty; give it the model first");
+  const SameRandomState same_random_state;
+  walk.visit_slots({&model}, nullptr, "", "");
+  return walk.finish();
+}
+
+}  // namespace
+
+std::string Conversion::table() const {
+  std::ostringstream text;
+  const auto shown = [](const std::string& name) { return name.empty() ? "(the model itself)" : name; };
+  for (const std::string& name : converted) text << shown(name) << "  converted\n";
+  for (const Left& each : left) text << shown(each.name) << "  left: " << each.reason << "\n";
+  return text.str();
+}
+
+Conversion convert(Module& model, const LayerMemory& memory) {
+  ToRemnant walk(memory);
+  Conversion result = run(walk, model);
+  set_memory(model, memory);
+  return result;
+}
+
+Conversion convert(AnyModule& model, const LayerMemory& memory) {
+  ToRemnant walk(memory);
+  Conversion result = run(walk, model, "convert");
+  set_memory(*model.ptr(), memory);
+  return result;
+}
+
+Conversion convert_back(Module& model) {
+  ToTorch walk;
+  return run(walk, model);
+}
+
+Conversion convert_back(AnyModule& model) {
+  ToTorch walk;
+  return run(walk, model, "convert_back");
+}
+
+}  // namespace remnant
