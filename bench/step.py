@@ -23,6 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 WIDTH, DROPOUT = 256, 0.1
 SHAPES = {"mt": (128, 28), "lm": (4, 1024)}
 SETTINGS = ["eager", "exact", "unbiased:bits=4"]
+# The planner: budgets in peaks of `exact`, and shapes that it has not run.
+BUDGETS = (1.0, 1.5, 2.0)
+OTHER_SHAPES = {"mt": ((112, 28), (80, 17), (100, 26)), "lm": ((3, 1024), (4, 640), (3, 900))}
 BASELINES = {"mt": 616e6, "lm": 1184e6}  # what eager must keep, within 2 %
 TARGETS = {
     "mt_exact_kept_vs_eager": ("<=", 0.16),
@@ -39,6 +42,7 @@ TARGETS = {
     "lm1024_exact_peak_vs_eager": ("<=", 0.08),
     "lm1024_budget_step_vs_checkpoint": ("<=", 0.5),
     "lm8192_b1_peak_over_lm1024_b8_peak": ("<=", 1.1),
+    "planner_worst_prediction_error": ("<=", 0.03),
 }
 
 
@@ -268,6 +272,23 @@ def measure(name, shape, settings, repeats, compile_too):
     return rows
 
 
+def predictions(name, shape, exact_peak):
+    """A row for each budget and shape: what a plan predicts and what then is."""
+    for share in BUDGETS:
+        runner = Remnant(name, f"budget={int(share * exact_peak)}B", shape)
+        for other in OTHER_SHAPES[name]:
+            predicted = runner.ask("shape {} {}".format(*other))
+            measured = runner.bytes()
+            yield {
+                "case": f"{name} {other[0]} x {other[1]}, planned at {shape[0]} x {shape[1]}",
+                "impl": f"remnant budget={share:g} peaks of exact",
+                **measured,
+                **{f"predicted_{key}": value for key, value in predicted.items()},
+                "prediction_error": max(abs(predicted[key] / measured[key] - 1) for key in predicted),
+            }
+        runner.close()
+
+
 def main():
     def add(parser):
         parser.add_argument("--only", choices=list(SHAPES), help="this model alone")
@@ -304,6 +325,11 @@ def main():
                 runner.close()
             figures["lm8192_b1_peak_over_lm1024_b8_peak"] = peaks[1, 8192] / peaks[8, 1024]
         rows.extend(found.values())
+        planned = list(predictions(name, shape, exact["peak_bytes"]))
+        worst = max(row["prediction_error"] for row in planned)
+        figure = "planner_worst_prediction_error"
+        figures[figure] = max(worst, figures.get(figure, 0))
+        rows.extend(planned)
     write("step", rows, figures, TARGETS)
 
 

@@ -2,6 +2,8 @@
 // and answers each with one line of JSON, so that the benchmark can let it take turns with its peers:
 //   step                one training step: {"fwd_ms", "bwd_ms", "step_ms"}
 //   bytes               {"kept_bytes", "peak_bytes"} of a step
+//   shape BATCH LENGTH  from now on steps of this shape, at most the program's: what a budget's plan predicts
+//                       for them, {"kept_bytes", "peak_bytes"}
 //   quit
 // bench_step MODEL SETTING BATCH LENGTH THREADS
 
@@ -34,6 +36,7 @@
 #include <cmath>
 #include <iostream>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -49,6 +52,8 @@ constexpr double kDropout = 0.1;
 class Model : public torch::nn::Module {
  public:
   virtual Tensor loss() = 0;
+  /// Draws new inputs.
+  virtual void draw(int64_t batch, int64_t length) = 0;
 
  protected:
   torch::nn::Embedding embedding(const std::string& name, int64_t rows) {
@@ -64,10 +69,8 @@ class Model : public torch::nn::Module {
 /// The paper's translation Transformer on pairs of LENGTH tokens.
 class Translation final : public Model {
  public:
-  Translation(const LayerMemory& memory, int64_t batch, int64_t length)
-      : source_(at::randint(1, 5000, {batch, length})),
-        target_(at::randint(1, 5000, {batch, length})),
-        next_(at::randint(1, 5000, {batch * length})) {
+  Translation(const LayerMemory& memory, int64_t batch, int64_t length) {
+    draw(batch, length);
     const auto options =
         TransformerLayerOptions(kDim, 8).dim_feedforward(512).dropout(kDropout).batch_first(true).memory(
             memory);
@@ -78,6 +81,12 @@ class Translation final : public Model {
       decoder_->push_back(remnant::nn::TransformerDecoderLayer(options));
     }
     output_ = register_module("output", torch::nn::Linear(kDim, 5893));
+  }
+
+  void draw(int64_t batch, int64_t length) override {
+    source_ = at::randint(1, 5000, {batch, length});
+    target_ = at::randint(1, 5000, {batch, length});
+    next_ = at::randint(1, 5000, {batch * length});
   }
 
   Tensor loss() override {
@@ -106,11 +115,8 @@ class Language final : public Model {
   static constexpr int64_t kCharacters = 65;
 
   Language(const LayerMemory& memory, int64_t batch, int64_t length)
-      : tokens_(at::randint(0, kCharacters, {batch, length})),
-        next_(at::randint(0, kCharacters, {batch * length})),
-        position_(embedding("position", length)),
-        lean_(!memory.norm_input),
-        bits_(memory.bits) {
+      : position_(embedding("position", length)), lean_(!memory.norm_input), bits_(memory.bits) {
+    draw(batch, length);
     const auto options = TransformerLayerOptions(kDim, 4)
                              .dim_feedforward(1024)
                              .dropout(kDropout)
@@ -122,6 +128,11 @@ class Language final : public Model {
     for (int i = 0; i < 4; ++i) layers_->push_back(remnant::nn::TransformerEncoderLayer(options));
     norm_ = register_module("norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({kDim})));
     output_ = register_module("output", torch::nn::Linear(kDim, kCharacters));
+  }
+
+  void draw(int64_t batch, int64_t length) override {
+    tokens_ = at::randint(0, kCharacters, {batch, length});
+    next_ = at::randint(0, kCharacters, {batch * length});
   }
 
   Tensor loss() override {
@@ -195,13 +206,26 @@ class Trainer {
     at::_foreach_zero_(gradients_);
   }
 
-  void fit(int64_t budget) {
-    std::cerr << remnant::plan(*model_, [this] { return model_->loss(); }, budget).table();
+  void fit(int64_t budget, int64_t batch, int64_t length) {
+    const auto loss = [this](int64_t b, int64_t l) {
+      model_->draw(b, l);
+      return model_->loss();
+    };
+    plan_ = remnant::plan(*model_, loss, batch, length, budget);
+    std::cerr << plan_.table();
+    model_->draw(batch, length);
+  }
+
+  void shape(int64_t batch, int64_t length, std::ostream& out) {
+    model_->draw(batch, length);
+    const remnant::StepBytes predicted = plan_.predict(batch, length);
+    out << "{\"kept_bytes\": " << predicted.kept_bytes << ", \"peak_bytes\": " << predicted.peak_bytes << "}";
   }
 
  private:
   std::unique_ptr<Model> model_;
   std::vector<Tensor> parameters_, gradients_, mean_, square_, steps_;
+  remnant::Plan plan_;
 };
 
 std::unique_ptr<Model> make_model(const std::string& name, const LayerMemory& memory, int64_t batch,
@@ -223,12 +247,17 @@ int main(int count, char** words) {
     remnant::memory::PeakMeter meter;
     const auto setting = remnant::Memory::parse(words[2]);
     const bool budget = setting.kind == remnant::Memory::Kind::budget;
-    Trainer trainer(make_model(words[1], budget ? remnant::Memory::exact() : setting, std::stoll(words[3]),
-                               std::stoll(words[4])));
-    if (budget) trainer.fit(setting.bytes);
-    for (std::string command; std::getline(std::cin, command) && command != "quit";) {
+    const int64_t batch = std::stoll(words[3]), length = std::stoll(words[4]);
+    Trainer trainer(make_model(words[1], budget ? remnant::Memory::exact() : setting, batch, length));
+    if (budget) trainer.fit(setting.bytes, batch, length);
+    for (std::string line; std::getline(std::cin, line) && line != "quit";) {
+      std::istringstream rest(line);
+      std::string command;
+      int64_t b = 0, l = 0;
+      rest >> command >> b >> l;
       if (command == "step") trainer.step(std::cout);
       if (command == "bytes") trainer.bytes(meter, std::cout);
+      if (command == "shape") trainer.shape(b, l, std::cout);
       std::cout << std::endl;
     }
   } catch (const std::exception& error) {

@@ -39,6 +39,12 @@ struct REMNANT_API PlannedLayer {
   double milliseconds = 0;  ///< what its choice adds to a step over the fastest one, predicted
 };
 
+/// Bytes of a step on `batch` sequences of `length` positions.
+struct REMNANT_API StepBytes {
+  int64_t batch = 0, length = 0;
+  int64_t kept_bytes = 0, peak_bytes = 0;
+};
+
 struct REMNANT_API Plan {
   std::vector<PlannedLayer> layers;
   int64_t budget_bytes = 0;
@@ -47,6 +53,16 @@ struct REMNANT_API Plan {
   int64_t predicted_kept_bytes = 0, predicted_peak_bytes = 0;
   int64_t measured_kept_bytes = 0, measured_peak_bytes = 0;
   double predicted_ms = 0, measured_ms = 0;
+  /// What the mixture measured on other shapes, where the plan was given a loss that has them; each batch
+  /// with each length.
+  std::vector<StepBytes> shapes;
+
+  /// The mixture's bytes on a shape that need not have run: those of `shapes`, interpolated linearly in batch
+  /// and by a parabola in length, which is how they grow. Meant for shapes from half the planned one up to
+  /// it; beyond, it extrapolates. Throws c10::Error without `shapes`, for numbers that are not positive, and
+  /// for another batch or length than 1 where 1 was planned for.
+  StepBytes predict(int64_t batch, int64_t length) const;
+
   /// For people: layers that chose alike in one row, and predicted against measured.
   std::string table() const;
 };
@@ -64,6 +80,13 @@ struct REMNANT_API Plan {
 /// budget that does; the model is then as it was.
 REMNANT_API Plan plan(torch::nn::Module& model, const std::function<at::Tensor()>& loss,
                       int64_t budget_bytes);
+
+/// The same for batch sequences of length positions, the largest that training will see, where
+/// loss(batch, length) runs the model on any such shape up to there. Then runs the mixture on up to five
+/// smaller shapes, three steps each, so that Plan::predict knows others.
+REMNANT_API Plan plan(torch::nn::Module& model,
+                      const std::function<at::Tensor(int64_t batch, int64_t length)>& loss, int64_t batch,
+                      int64_t length, int64_t budget_bytes);
 
 namespace nn {
 

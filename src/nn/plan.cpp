@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <limits>
 #include <map>
@@ -125,6 +126,41 @@ Measurement measure(torch::nn::Module& model, const std::vector<Layer>& layers,
     }
   }
   return result;
+}
+
+StepBytes measure_bytes(torch::nn::Module& model, const std::function<Tensor()>& loss,
+                        memory::PeakMeter& meter) {
+  StepBytes result;
+  // A second step frees what the first allocated under the meter.
+  for (int i = 0; i < 2; ++i) {
+    meter.reset();
+    loss().backward();
+    result.peak_bytes = meter.peak_bytes();
+  }
+  const memory::Recorder recorder(&model);
+  const Tensor output = loss();
+  result.kept_bytes = recorder.report({output}, {output}).kept_bytes;
+  return result;
+}
+
+/// `count` sizes from half of `largest` up to it, as far as they differ.
+std::vector<int64_t> sizes_up_to(int64_t largest, int64_t count) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t steps = 2 * (count - 1);
+    const int64_t size = (largest * (count - 1 + i) + steps - 1) / steps;
+    if (sizes.empty() || sizes.back() < size) sizes.push_back(size);
+  }
+  return sizes;
+}
+
+/// The weight of the value at nodes[i] in the polynomial through all nodes, at x.
+double lagrange(const std::vector<int64_t>& nodes, size_t i, int64_t x) {
+  double weight = 1;
+  for (size_t j = 0; j < nodes.size(); ++j) {
+    if (j != i) weight *= static_cast<double>(x - nodes[j]) / static_cast<double>(nodes[i] - nodes[j]);
+  }
+  return weight;
 }
 
 /// What each choice did when every layer took it, and what a mixture should do.
@@ -297,6 +333,54 @@ Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t
     for (size_t l = 0; l < layers.size(); ++l) layers[l].module->set_memory(before[l]);
     throw;
   }
+}
+
+Plan plan(torch::nn::Module& model, const std::function<Tensor(int64_t, int64_t)>& loss, int64_t batch,
+          int64_t length, int64_t budget_bytes) {
+  TORCH_CHECK(batch > 0 && length > 0, "plan: batch and length should be positive, got ", batch, " and ",
+              length);
+  Plan result = plan(model, [&] { return loss(batch, length); }, budget_bytes);
+  const Untouched untouched(model);
+  memory::PeakMeter meter;
+  for (const int64_t b : sizes_up_to(batch, 2)) {
+    for (const int64_t l : sizes_up_to(length, 3)) {
+      StepBytes bytes = measure_bytes(model, [&] { return loss(b, l); }, meter);
+      bytes.batch = b;
+      bytes.length = l;
+      result.shapes.push_back(bytes);
+    }
+  }
+  return result;
+}
+
+StepBytes Plan::predict(int64_t batch, int64_t length) const {
+  TORCH_CHECK(!shapes.empty(),
+              "Plan::predict: the plan was made for one shape; give remnant::plan a loss of (batch, length)");
+  TORCH_CHECK(batch > 0 && length > 0, "Plan::predict: batch and length should be positive, got ", batch,
+              " and ", length);
+  std::vector<int64_t> batches, lengths;
+  for (const StepBytes& shape : shapes) {
+    if (std::find(batches.begin(), batches.end(), shape.batch) == batches.end())
+      batches.push_back(shape.batch);
+    if (std::find(lengths.begin(), lengths.end(), shape.length) == lengths.end()) {
+      lengths.push_back(shape.length);
+    }
+  }
+  TORCH_CHECK(batches.size() > 1 || batch == batches[0], "Plan::predict: the plan was made for a batch of ",
+              batches[0], " alone, got ", batch, "; plan for a larger one");
+  TORCH_CHECK(lengths.size() > 1 || length == lengths[0], "Plan::predict: the plan was made for a length of ",
+              lengths[0], " alone, got ", length, "; plan for a larger one");
+  double kept = 0, peak = 0;
+  for (const StepBytes& shape : shapes) {
+    const auto b =
+        static_cast<size_t>(std::find(batches.begin(), batches.end(), shape.batch) - batches.begin());
+    const auto l =
+        static_cast<size_t>(std::find(lengths.begin(), lengths.end(), shape.length) - lengths.begin());
+    const double weight = lagrange(batches, b, batch) * lagrange(lengths, l, length);
+    kept += weight * static_cast<double>(shape.kept_bytes);
+    peak += weight * static_cast<double>(shape.peak_bytes);
+  }
+  return {batch, length, std::llround(kept), std::llround(peak)};
 }
 
 std::string Plan::table() const {
