@@ -37,6 +37,15 @@ TEST(Report, TicksAreRoundAndInside) {
   }
 }
 
+TEST(Report, ALogarithmicAxisIsForValuesFarApart) {
+  const auto curves = [](const Points& points) { return std::vector<Curve>{{0, "run", points}}; };
+  EXPECT_TRUE(far_apart(curves({{1, 800}, {2, 6}})));
+  EXPECT_FALSE(far_apart(curves({{1, 8}, {2, 6}})));
+  EXPECT_FALSE(far_apart(curves({{1, 800}, {2, 0}})));
+  EXPECT_FALSE(far_apart({}));
+  EXPECT_EQ(logarithmic_ticks(4, 250), (std::vector<double>{5, 10, 20, 50, 100, 200}));
+}
+
 TEST(Report, StretchesKeepMeansAndExtremes) {
   Points points;
   for (int i = 0; i < 1003; ++i) points.emplace_back(i, (i * 37) % 101);
@@ -107,9 +116,10 @@ TEST(Report, ThePeakIsLabelledWithItsPhase) {
 }
 
 TEST(Report, ChartsOfOneValueOrConstantsAreDrawn) {
-  for (const Points& points :
-       {Points{{1, 0}}, Points{{5, 2.5}}, Points{{1, 3}, {2, 3}}, Points{{1, -1}, {9, -2}}}) {
-    const std::string svg = line_chart({"id", "title", "words"}, {{0, "run", points}});
+  for (const Points& points : {Points{{1, 0}}, Points{{5, 2.5}}, Points{{1, 3}, {2, 3}},
+                               Points{{1, -1}, {9, -2}}, Points{{1, 1e-9}, {2, 1e9}}}) {
+    const std::vector<Curve> curves{{0, "run", points}};
+    const std::string svg = line_chart({"id", "title", "words"}, curves, far_apart(curves));
     EXPECT_EQ(svg.find("nan"), std::string::npos) << svg;
     EXPECT_EQ(svg.find("inf"), std::string::npos) << svg;
   }

@@ -33,7 +33,7 @@ main{max-width:1120px;margin:0 auto;padding:1rem}
 h1{font-size:1.6rem;margin:.2rem 0 0}h2{font-size:1.2rem;margin:2rem 0 .4rem;border-bottom:1px solid var(--line)}
 h3{font-size:1rem;margin:0 0 .3rem}p{margin:.3rem 0 .7rem;max-width:75ch}.soft,figcaption{color:var(--soft);font-size:.875rem}
 h1,h2,h3,p,li,td,th,label{overflow-wrap:anywhere}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:1rem;align-items:start}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:1rem;align-items:start;margin:.6rem 0 1rem}
 figure{margin:0;padding:.8rem;background:var(--panel);border:1px solid var(--line);border-radius:8px;min-width:0}
 svg{display:block;width:100%;max-width:640px;height:auto}
 svg text{font-size:12px;fill:var(--text)}svg .small{font-size:11px;fill:var(--soft)}svg .strong{font-weight:600}
@@ -51,7 +51,7 @@ ul.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:.4
 .legend svg{display:inline-block;width:26px;height:12px;vertical-align:middle;margin-right:.4rem}
 .legend i{display:inline-block;width:14px;height:10px;border-radius:2px;margin-right:.4rem}
 .legend input{margin:0 .4rem 0 0}
-.scroll{overflow-x:auto;max-width:100%}.scroll:focus-visible,summary:focus-visible,input:focus-visible{outline:2px solid var(--k0);outline-offset:2px}
+.scroll{overflow-x:auto;max-width:100%;margin:0 0 .8rem}table[id$="-rows"] td{white-space:nowrap}.scroll:focus-visible,summary:focus-visible,input:focus-visible{outline:2px solid var(--k0);outline-offset:2px}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding:.2rem 0}
 th,td{padding:.2rem .7rem .2rem 0;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
@@ -138,20 +138,23 @@ std::string details(const std::string& summary, const std::string& content) {
   return "<details><summary>" + escape(summary) + "</summary>" + content + "</details>\n";
 }
 
-/// "validation_bits_per_character" -> "Validation bits per character"
-std::string title_of(const std::string& key) {
-  std::string title;
-  std::string word;
+/// "validation_bleu_detokenised" -> "validation BLEU detokenised"
+std::string words_of(const std::string& key) {
+  std::string text, word;
   for (const char c : key + "_") {
     if (c != '_') {
       word += c;
       continue;
     }
-    if (word == "bleu") word = "BLEU";
-    if (!title.empty()) title += ' ';
-    title += word;
+    text += (text.empty() ? "" : " ") + (word == "bleu" ? "BLEU" : word);
     word.clear();
   }
+  return text;
+}
+
+/// The same with a capital in front.
+std::string title_of(const std::string& key) {
+  std::string title = words_of(key);
   if (!title.empty() && title[0] >= 'a' && title[0] <= 'z')
     title[0] = static_cast<char>(title[0] - 'a' + 'A');
   return title;
@@ -269,8 +272,8 @@ std::string results(const std::vector<Run>& runs) {
   const std::set<std::string> of_the_test{"bleu", "bleu_detokenised", "accuracy", "bits_per_character",
                                           "bits_per_byte"};
   for (const std::string& key : keys) {
-    add((of_the_test.contains(key) ? "Test " : "") +
-            (of_the_test.contains(key) ? title_of("x_" + key).substr(2) : title_of(key)),
+    add(
+        of_the_test.contains(key) ? "Test " + words_of(key) : title_of(key),
         [&](const Run& run) { return summary_number(run, key); }, format_of(key));
   }
   const bool unfinished =
@@ -306,7 +309,7 @@ std::string results(const std::vector<Run>& runs) {
   for (const char* key :
        {"predicted_kept_bytes", "measured_kept_bytes", "predicted_peak_bytes", "measured_peak_bytes"}) {
     add(
-        "Plan: " + title_of(key),
+        "Plan, " + words_of(key),
         [&](const Run& run) { return run.plan ? number(*run.plan, key) : std::nullopt; }, show_bytes);
   }
   add("Parameters", [](const Run& run) { return summary_number(run, "parameters"); }, show_count);
@@ -356,6 +359,11 @@ std::vector<std::pair<double, double>> some_of(const std::vector<std::pair<doubl
   return some;
 }
 
+/// Of which twice as much says the same wherever it starts.
+bool is_a_ratio(const std::string& key) {
+  return key.ends_with("perplexity") || key.ends_with("_error") || key.ends_with("_variance");
+}
+
 std::string curve_figure(const std::vector<Run>& runs, const std::string& id, const std::string& key,
                          const std::string& title) {
   constexpr size_t most_rows = 25;
@@ -379,13 +387,16 @@ std::string curve_figure(const std::vector<Run>& runs, const std::string& id, co
     curves.push_back(std::move(curve));
   }
   if (curves.empty()) return "";
-  std::string html =
-      "<figure><h3>" + escape(title) + "</h3>" + line_chart({id, title + " by step", description}, curves);
-  const size_t length = (longest + 219) / 220;
-  if (length > 1) {
-    html += "<figcaption>Means of up to " + std::to_string(length) +
-            " steps; the band is their range.</figcaption>";
+  const bool logarithmic = is_a_ratio(key) && far_apart(curves);
+  std::string html = "<figure><h3>" + escape(title) + "</h3>" +
+                     line_chart({id, title + " by step", description}, curves, logarithmic);
+  std::string caption;
+  if (longest > kMostStretches) {
+    const size_t length = (longest + kMostStretches - 1) / kMostStretches;
+    caption = "Means of up to " + std::to_string(length) + " steps; the band is their range. ";
   }
+  if (logarithmic) caption += "The scale is logarithmic. ";
+  if (!caption.empty()) html += "<figcaption>" + caption + "</figcaption>";
   return html + details(all_rows ? "Table" : "Table of some steps", table.html()) + "</figure>\n";
 }
 

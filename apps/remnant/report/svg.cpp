@@ -5,13 +5,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <tuple>
 
 namespace remnant::app::report {
 namespace {
 
 // Wide enough for two columns on a desk, and readable when a phone shrinks it.
 constexpr double kWidth = 440;
-constexpr size_t kMostStretches = 220, kMostMarks = 40;
+constexpr size_t kMostMarks = 40;
 
 std::string px(double value) {
   std::string text = format_fixed(value, 1);
@@ -35,13 +36,19 @@ std::string open_svg(const Words& words, double height) {
 struct Frame {
   double left = 56, right = kWidth - 14, top = 14, bottom = 210;
   double x_low = 0, x_high = 1, y_low = 0, y_high = 1;
+  bool y_logarithmic = false;
 
   double x(double value) const { return left + (value - x_low) / (x_high - x_low) * (right - left); }
-  double y(double value) const { return bottom - (value - y_low) / (y_high - y_low) * (bottom - top); }
+  double y(double value) const {
+    const double share = y_logarithmic ? std::log(value / y_low) / std::log(y_high / y_low)
+                                       : (value - y_low) / (y_high - y_low);
+    return bottom - share * (bottom - top);
+  }
 
   std::string axes(const Format& x_text, const Format& y_text, const std::string& x_title) const {
     std::string svg = "<g class=\"axes\">";
-    for (const double tick : round_ticks(y_low, y_high, 5)) {
+    for (const double tick :
+         y_logarithmic ? logarithmic_ticks(y_low, y_high) : round_ticks(y_low, y_high, 5)) {
       svg += "<path d=\"M" + px(left) + " " + px(y(tick)) + "H" + px(right) + "\"/>";
       svg += text_at(left - 6, y(tick) + 4, "end", y_text(tick));
     }
@@ -153,6 +160,17 @@ std::vector<double> round_ticks(double low, double high, int count) {
   return ticks;
 }
 
+std::vector<double> logarithmic_ticks(double low, double high) {
+  std::vector<double> ticks;
+  for (double power = std::floor(std::log10(low)); power <= std::log10(high); ++power) {
+    for (const double factor : {1.0, 2.0, 5.0}) {
+      const double tick = factor * std::pow(10, power);
+      if (tick >= low && tick <= high) ticks.push_back(tick);
+    }
+  }
+  return ticks;
+}
+
 std::string short_number(double value, int digits) {
   char text[64];
   std::snprintf(text, sizeof text, "%.*g", digits, value);
@@ -178,20 +196,41 @@ std::vector<Stretch> stretches(const std::vector<std::pair<double, double>>& poi
   return parts;
 }
 
-std::string line_chart(const Words& words, const std::vector<Curve>& curves) {
+namespace {
+
+struct Bounds {
   double x_low = INFINITY, x_high = -INFINITY, y_low = INFINITY, y_high = -INFINITY;
+};
+
+Bounds bounds_of(const std::vector<Curve>& curves) {
+  Bounds bounds;
   for (const Curve& curve : curves) {
     for (const auto& [x, y] : curve.points) {
-      x_low = std::min(x_low, x);
-      x_high = std::max(x_high, x);
-      y_low = std::min(y_low, y);
-      y_high = std::max(y_high, y);
+      bounds.x_low = std::min(bounds.x_low, x);
+      bounds.x_high = std::max(bounds.x_high, x);
+      bounds.y_low = std::min(bounds.y_low, y);
+      bounds.y_high = std::max(bounds.y_high, y);
     }
   }
+  return bounds;
+}
+
+}  // namespace
+
+bool far_apart(const std::vector<Curve>& curves) {
+  const Bounds bounds = bounds_of(curves);
+  return bounds.y_low > 0 && bounds.y_high > 20 * bounds.y_low;
+}
+
+std::string line_chart(const Words& words, const std::vector<Curve>& curves, bool logarithmic) {
+  const Bounds bounds = bounds_of(curves);
   Frame frame;
-  std::tie(frame.y_low, frame.y_high) = range(y_low, y_high);
-  std::tie(frame.x_low, frame.x_high) = range(x_low, x_high);
-  if (x_low < x_high) frame.x_low = 0;
+  frame.y_logarithmic = logarithmic;
+  std::tie(frame.y_low, frame.y_high) = frame.y_logarithmic
+                                            ? std::pair(bounds.y_low / 1.2, bounds.y_high * 1.2)
+                                            : range(bounds.y_low, bounds.y_high);
+  std::tie(frame.x_low, frame.x_high) = range(bounds.x_low, bounds.x_high);
+  if (bounds.x_low < bounds.x_high) frame.x_low = 0;
   std::string svg = open_svg(words, frame.bottom + 40);
   svg += frame.axes([](double value) { return short_number(value, 6); },
                     [](double value) { return short_number(value, 4); }, "step");

@@ -18,6 +18,9 @@ std::string escape(std::string_view text);
 /// Round numbers, one or two or five times a power of ten apart, inside of [low, high]; about `count`.
 std::vector<double> round_ticks(double low, double high, int count);
 
+/// One, two and five times the powers of ten inside of [low, high], low above 0.
+std::vector<double> logarithmic_ticks(double low, double high);
+
 /// A number as short as `digits` significant digits allow.
 std::string short_number(double value, int digits);
 
@@ -25,6 +28,8 @@ std::string short_number(double value, int digits);
 struct Stretch {
   double x = 0, mean = 0, low = 0, high = 0;
 };
+/// That many of a curve are drawn.
+inline constexpr size_t kMostStretches = 220;
 /// At most `most` stretches of as many points each (the last may have fewer).
 std::vector<Stretch> stretches(const std::vector<std::pair<double, double>>& points, size_t most);
 
@@ -40,9 +45,11 @@ struct Curve {
   std::string name;
   std::vector<std::pair<double, double>> points;
 };
+/// Whether the values are all above 0 and too far apart for a linear axis.
+bool far_apart(const std::vector<Curve>& curves);
 /// Values by step. Points of short curves are marked; of long ones the means of stretches are drawn, over the
 /// range of each.
-std::string line_chart(const Words& words, const std::vector<Curve>& curves);
+std::string line_chart(const Words& words, const std::vector<Curve>& curves, bool logarithmic);
 
 /// One bar: parts behind one another, each with the class that colours it.
 struct Bar {
