@@ -1013,28 +1013,36 @@ def test_created_graph_with_a_frozen_input(policy, frozen):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("mask_gradient", [False, True])
-def test_float32_inputs_keep_their_precision_under_autocast(policy, mask_gradient):
+def test_autocast_casts_the_inputs_and_nothing_inside(policy, mask_gradient):
     q, k, v = inputs(queries=30, keys=30, dtype=torch.float32)
     mask = torch.randn(30, 30, requires_grad=mask_gradient)
     wanted = [q, k, v] + ([mask] if mask_gradient else [])
-    torch.manual_seed(0)
-    o = remnant.attention(q, k, v, mask=mask, policy=policy)
-    want = [o, *torch.autograd.grad(o.sum(), wanted)]
-    torch.manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16):
-        o = remnant.attention(q, k, v, mask=mask, policy=policy)
-    got = [o, *torch.autograd.grad(o.sum(), wanted)]
-    for x, y in zip(got, want, strict=True):
-        assert x.dtype == torch.float32
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    results = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            given = (q, k, v) if inside else (x.to(torch.bfloat16) for x in (q, k, v))
+            o = remnant.attention(*given, mask=mask, policy=policy)
+        assert o.dtype == torch.bfloat16
+        results.append([o, *torch.autograd.grad(o.float().sum(), wanted)])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
 
 
-def test_float32_weights_keep_their_precision_under_autocast():
+def test_weights_under_autocast():
     q, k, v = inputs(queries=30, keys=30, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         _, weights = remnant.attention(q, k, v, need_weights=True)
-    assert weights.dtype == torch.float32
-    torch.testing.assert_close(weights.double(), reference.softmax(reference.logits(q, k)), rtol=1e-4, atol=1e-6)
+    _, want = remnant.attention(*(x.to(torch.bfloat16) for x in (q, k, v)), need_weights=True)
+    assert torch.equal(weights, want)
+
+
+def test_float64_inputs_keep_their_precision_under_autocast():
+    q, k, v = inputs(queries=30, keys=30, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, weights = remnant.attention(q, k, v, need_weights=True)
+    assert o.dtype == torch.float64
+    torch.testing.assert_close(weights, reference.softmax(reference.logits(q, k)), rtol=1e-10, atol=1e-12)
 
 
 # --- weights ---------------------------------------------------------------------------------------
