@@ -12,6 +12,9 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <utility>
+#include <vector>
+
 namespace remnant {
 
 namespace ops {
@@ -104,11 +107,11 @@ Gradients coded_backward_meta(const at::Tensor& grad_output, const OptionalTenso
   const auto options = grad_output.options();
   std::vector<c10::SymInt> shape = grad_output.sym_sizes().vec();
   const c10::SymInt outputs = shape.back();
-  shape.back() = columns;
+  shape.back() = std::move(columns);
   const auto made = [&](bool wanted, c10::SymIntArrayRef size) {
     return wanted ? at::empty_symint(size, options) : at::empty({0}, options);
   };
-  return {made(needs[0], shape), made(needs[1], {outputs, columns}), made(needs[2], {outputs})};
+  return {made(needs[0], shape), made(needs[1], {outputs, shape.back()}), made(needs[2], {outputs})};
 }
 
 at::Tensor linear_op(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
