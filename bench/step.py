@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import time
 
+import _linear
 import torch
 from _measure import OUTPUT, arguments, kept_bytes, peak_bytes, write
 from torch import nn
@@ -43,6 +44,7 @@ TARGETS = {
     "lm1024_budget_step_vs_checkpoint": ("<=", 0.5),
     "lm8192_b1_peak_over_lm1024_b8_peak": ("<=", 1.1),
     "planner_worst_prediction_error": ("<=", 0.03),
+    "linear_vs_at_linear": ("<=", 1.0),
 }
 
 
@@ -291,12 +293,14 @@ def predictions(name, shape, exact_peak):
 
 def main():
     def add(parser):
-        parser.add_argument("--only", choices=list(SHAPES), help="this model alone")
+        parser.add_argument("--only", choices=[*SHAPES, "linear"], help="this model, or linear layers, alone")
         parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
 
     options = arguments(__doc__, repeats=5, add_options=add)
     rows, figures = [], {}
-    for name in [options.only] if options.only else SHAPES:
+    if options.only in (None, "linear"):
+        rows, figures = _linear.rows_and_figures(5 * options.repeats)
+    for name in SHAPES if options.only is None else set(SHAPES) & {options.only}:
         shape, prefix = SHAPES[name], {"mt": "mt", "lm": "lm1024"}[name]
         settings = list(SETTINGS)
         if name == "lm":

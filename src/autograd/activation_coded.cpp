@@ -1,14 +1,10 @@
 #include "kernels/cpu/step_kernels.h"
 #include "ops/codes.h"
+#include "ops/step_common.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/silu_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -21,17 +17,13 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalGenerator = std::optional<at::Generator>;
 
-const char* form(ActivationKind kind) { return kind == ActivationKind::gelu ? "none" : "tanh"; }
-
-at::Tensor forward(const at::Tensor& input, int64_t kind, int64_t bits, const OptionalGenerator& generator) {
-  const auto which = static_cast<ActivationKind>(kind);
-  return which == ActivationKind::silu ? at::silu(input) : at::gelu(input, form(which));
-}
-
-at::Tensor derivative(const at::Tensor& input, ActivationKind kind) {
-  const at::Tensor one = at::ones({1}, input.options()).expand_symint(input.sym_sizes());
-  return kind == ActivationKind::silu ? at::silu_backward(one, input)
-                                      : at::gelu_backward(one, input, form(kind));
+c10::TypedOperatorHandle<at::Tensor(const at::Tensor&, int64_t, int64_t, const OptionalGenerator&)>
+forward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("remnant::activation_coded", "")
+          .typed<at::Tensor(const at::Tensor&, int64_t, int64_t, const OptionalGenerator&)>();
+  return op;
 }
 
 // The gradient is linear in the derivative, so that rounding it leaves no bias.
@@ -42,10 +34,10 @@ struct CodedActivationFunction : torch::autograd::Function<CodedActivationFuncti
                             const OptionalGenerator& generator) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const ops::Codes kept =
-        ops::encode(derivative(input, static_cast<ActivationKind>(kind)), bits, generator);
+        ops::encode(ops::activation_derivative(input, static_cast<ActivationKind>(kind)), bits, generator);
     ctx->save_for_backward({kept.codes, kept.table});
     ctx->saved_data["bits"] = bits;
-    return autograd::forward(input, kind, bits, generator);
+    return forward_op().call(input, kind, bits, generator);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -64,15 +56,13 @@ at::Tensor forward_autograd(const at::Tensor& input, int64_t kind, int64_t bits,
                             const OptionalGenerator& generator) {
   if (!input.requires_grad() || !at::GradMode::is_enabled()) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return forward(input, kind, bits, generator);
+    return forward_op().call(input, kind, bits, generator);
   }
   return CodedActivationFunction::apply(input, kind, bits, generator);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(remnant, CompositeExplicitAutograd, m) { m.impl("activation_coded", TORCH_FN(forward)); }
-TORCH_LIBRARY_IMPL(remnant, Meta, m) { m.impl("activation_coded", TORCH_FN(forward)); }
 TORCH_LIBRARY_IMPL(remnant, Autograd, m) { m.impl("activation_coded", TORCH_FN(forward_autograd)); }
 
 }  // namespace remnant::autograd

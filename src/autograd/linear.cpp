@@ -3,6 +3,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -42,9 +44,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                             const std::optional<at::Generator>& generator, std::array<bool, 3> needs) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ops::Codes kept;
-    if (needs[1]) kept = ops::shared_codes(input, bits, generator);
+    if (needs[1] && bits == 0) kept.codes = input;
+    if (needs[1] && bits > 0) kept = ops::shared_codes(input, bits, generator);
     ctx->save_for_backward({kept.codes, kept.table, needs[0] ? weight : at::Tensor()});
-    ctx->saved_data["policy"] = "quantized:bits=" + std::to_string(bits);
+    ctx->saved_data["policy"] = bits == 0 ? "exact" : "quantized:bits=" + std::to_string(bits);
     ctx->saved_data["bits"] = bits;
     ctx->saved_data["columns"] = weight.sym_size(1);
     ctx->saved_data["needs"] = std::vector<bool>(needs.begin(), needs.end());
@@ -53,16 +56,24 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(6);
+    const int64_t bits = ctx->saved_data["bits"].toInt();
     TORCH_CHECK(
-        !at::GradMode::is_enabled(),
+        bits == 0 || !at::GradMode::is_enabled(),
         "linear has no gradient of its gradient under policy 'quantized'; use policy 'exact' where you "
         "need one");
     const auto wanted = ctx->saved_data["needs"].toBoolList();
     const std::array<bool, 3> needs{wanted[0], wanted[1], wanted[2]};
     const variable_list saved = ctx->get_saved_variables();
+    if (at::GradMode::is_enabled()) {  // only bits 0 comes here: products that have a gradient themselves
+      const auto rows = [](const at::Tensor& x) { return x.reshape_symint({-1, x.sym_size(-1)}); };
+      if (needs[0]) result[0] = at::matmul(grads[0], saved[2]);
+      if (needs[1]) result[1] = at::mm(rows(grads[0]).t(), rows(saved[0]));
+      if (needs[2]) result[2] = rows(grads[0]).sum(0);
+      return result;
+    }
     const auto [grad_input, grad_weight, grad_bias] =
         backward_op().call(grads[0], optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                           ctx->saved_data["columns"].toSymInt(), ctx->saved_data["bits"].toInt(), needs);
+                           ctx->saved_data["columns"].toSymInt(), bits, needs);
     if (needs[0]) result[0] = grad_input;
     if (needs[1]) result[1] = grad_weight;
     if (needs[2]) result[2] = grad_bias;

@@ -15,6 +15,7 @@
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/silu_backward.h>
 #include <ATen/ops/tensor.h>
@@ -313,6 +314,14 @@ at::Tensor call(const at::Tensor& input, ActivationKind kind, double slope, int6
   return std::get<0>(op.call(input, static_cast<int64_t>(kind), slope, bits, false));
 }
 
+const char* form(ActivationKind kind) { return kind == ActivationKind::gelu ? "none" : "tanh"; }
+
+at::Tensor coded_forward(const at::Tensor& input, int64_t kind, int64_t bits,
+                         const std::optional<at::Generator>& generator) {
+  const auto which = static_cast<ActivationKind>(kind);
+  return which == ActivationKind::silu ? at::silu(input) : at::gelu(input, form(which));
+}
+
 at::Tensor call_coded(const char* name, const at::Tensor& input, ActivationKind kind,
                       c10::string_view policy) {
   static const auto op =
@@ -350,7 +359,15 @@ at::Tensor silu_op(const at::Tensor& input, c10::string_view policy) {
 
 }  // namespace
 
+at::Tensor activation_derivative(const at::Tensor& input, ActivationKind kind) {
+  const at::Tensor one = at::ones({1}, input.options()).expand_symint(input.sym_sizes());
+  return kind == ActivationKind::silu ? at::silu_backward(one, input)
+                                      : at::gelu_backward(one, input, form(kind));
+}
+
 TORCH_LIBRARY_FRAGMENT(remnant, m) {
+  m.impl("activation_coded", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(coded_forward));
+  m.impl("activation_coded", c10::DispatchKey::Meta, TORCH_FN(coded_forward));
   m.impl("relu", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(relu_op));
   m.impl("leaky_relu", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(leaky_relu_op));
   m.impl("gelu", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(gelu_op));

@@ -2,16 +2,15 @@
 
 #include "kernels/cpu/attention_kernels.h"
 #include "ops/attention_common.h"
+#include "ops/product.h"
 #include "ops/step_common.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/zeros.h>
@@ -109,9 +108,9 @@ void run_kernel(at::Tensor& hidden, at::Tensor& grad, const Hidden& layer, int64
 // The first product. Half types take the bias along, before the product is rounded; the kernel adds it later.
 void first_product(at::Tensor& hidden, const at::Tensor& x, const at::Tensor& weight1, const Hidden& layer) {
   if (layer.bias.has_value() && !runs_kernel(hidden)) {
-    at::addmm_out(hidden, *layer.bias, x, weight1.t());
+    product_into(hidden, x, weight1.t(), layer.bias);
   } else {
-    at::mm_out(hidden, x, weight1.t());
+    product_into(hidden, x, weight1.t());
   }
 }
 
@@ -183,12 +182,7 @@ Forward forward(const at::Tensor& input, const at::Tensor& weight1, const std::o
     at::Tensor hidden = buffer.narrow(0, 0, n);
     first_product(hidden, x.narrow(0, first, n), weight1, layer);
     hidden_forward(hidden, layer, first);
-    at::Tensor out = y.narrow(0, first, n);
-    if (bias2.has_value()) {
-      at::addmm_out(out, *bias2, hidden, weight2.t());
-    } else {
-      at::mm_out(out, hidden, weight2.t());
-    }
+    product_into(y.narrow(0, first, n), hidden, weight2.t(), bias2);
   }
   return {output, seed};
 }
@@ -227,15 +221,12 @@ Backward backward(const at::Tensor& grad_output, const at::Tensor& input, const 
         continue;
       }
       at::Tensor grad = grad_buffer.narrow(0, 0, n);
-      at::mm_out(grad, g_block, weight2);
+      product_into(grad, g_block, weight2);
       hidden_backward(hidden, grad, layer, first);
       if (needs[3]) add_product(grad_weight2, g_block, hidden);
       if (needs[2]) grad_bias1.add_(grad.sum(0, false, wide.dtype().toScalarType()));
       if (needs[1]) add_product(grad_weight1, grad, x_block);
-      if (needs[0]) {
-        at::Tensor dx_block = dx.narrow(0, first, n);
-        at::mm_out(dx_block, grad, weight1);
-      }
+      if (needs[0]) product_into(dx.narrow(0, first, n), grad, weight1);
     }
   }
   const auto type = input.scalar_type();

@@ -3,6 +3,7 @@
 #include "kernels/cpu/step_kernels.h"
 #include "ops/attention_common.h"
 #include "ops/codes.h"
+#include "ops/product.h"
 #include "ops/step_common.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -41,7 +42,11 @@ void check(const at::Tensor& input, const at::Tensor& weight, const OptionalTens
 at::Tensor coded_forward(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                          int64_t bits, const std::optional<at::Generator>& generator) {
   check(input, weight, bias);
-  return at::linear(input.to(weight.scalar_type()), weight, bias);
+  const at::Tensor x = input.to(weight.scalar_type());
+  if (!uses_panels(x)) return at::linear(x, weight, bias);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  return product(x.reshape({-1, weight.size(1)}), weight.t(), bias).view(shape);
 }
 
 at::Tensor coded_forward_meta(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
@@ -67,9 +72,14 @@ Gradients coded_backward(const at::Tensor& grad_output, const OptionalTensor& co
   if (needs[0]) {
     std::vector<int64_t> shape = grad_output.sizes().vec();
     shape.back() = columns;
-    grad_input = at::mm(g, *weight).view(shape);
+    grad_input = product(g, *weight).view(shape);
   }
-  if (needs[1]) {
+  if (needs[1] && bits == 0) {
+    TORCH_CHECK(codes.has_value() && codes->numel() == rows * columns,
+                "linear_coded_backward: without bits the input itself must be there, ", rows, " rows of ",
+                columns, " columns");
+    grad_weight = product(g.t(), codes->reshape({rows, columns}));
+  } else if (needs[1]) {
     TORCH_CHECK(
         codes.has_value() && table.has_value() && codes->numel() == kernels::code_bytes(rows * columns, bits),
         "linear_coded_backward: codes must hold ", rows, " rows of ", columns, " columns at ", bits, " bits");
@@ -78,7 +88,7 @@ Gradients coded_backward(const at::Tensor& grad_output, const OptionalTensor& co
     if (rows <= chunk) {
       at::Tensor x = at::empty({rows, columns}, g.options());
       decode_into({*codes, *table}, bits, rows * columns, 0, x);
-      grad_weight = at::mm(g.t(), x);
+      grad_weight = product(g.t(), x);
     } else {
       // Half types: each chunk's product is rounded, their sum is not.
       grad_weight = at::zeros({outputs, columns}, g.options().dtype(accumulation_type(type)));
@@ -89,7 +99,7 @@ Gradients coded_backward(const at::Tensor& grad_output, const OptionalTensor& co
         decode_into({*codes, *table}, bits, rows * columns, first * columns, x);
         const at::Tensor part = g.narrow(0, first, count).t();
         if (type == grad_weight.scalar_type()) {
-          grad_weight.addmm_(part, x);
+          product_add(grad_weight, part, x);
         } else {
           grad_weight.add_(at::mm(part, x));
         }
@@ -121,7 +131,7 @@ at::Tensor linear_op(const at::Tensor& input, const at::Tensor& weight, const Op
   if (bits == 0) {
     TORCH_CHECK(input.scalar_type() == weight.scalar_type(), "linear: input must have weight's dtype ",
                 toString(weight.scalar_type()), ", got ", toString(input.scalar_type()));
-    return at::linear(input, weight, bias);
+    if (is_traced(input) || is_traced(weight) || !uses_panels(input)) return at::linear(input, weight, bias);
   }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("remnant::linear_coded", "")

@@ -2,13 +2,12 @@
 
 #include "kernels/cpu/attention_kernels.h"
 #include "ops/attention_common.h"
+#include "ops/product.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/logsumexp.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -104,33 +103,35 @@ void each_chunk(const at::Tensor& x, const at::Tensor& w, const at::Tensor& b, U
     const int64_t n = std::min(rows, tokens - first);
     const at::Tensor part = x.narrow(0, first, n);
     at::Tensor logits = buffer.narrow(0, 0, n).narrow(1, 0, classes);
-    if (b.defined()) {
-      at::addmm_out(logits, b, part, w.t());
-    } else {
-      at::mm_out(logits, part, w.t());
-    }
+    product_into(logits, part, w.t(), b.defined() ? std::optional<at::Tensor>(b) : std::nullopt);
     use(first, logits, part);
   }
 }
 
+// Where there are fewer classes than features the logits' gradient is the smaller one to hold until backward,
+// which then makes input's of it.
+bool keeps_logits(const at::Tensor& x, const at::Tensor& w) { return w.sym_size(0) < x.sym_size(1); }
+
 // Gradients of input, weight and bias, added up chunk by chunk from the logits' gradient.
 struct Gradients {
   std::array<bool, 3> needs;
-  at::Tensor input, weight, bias;
+  bool of_logits;
+  at::Tensor input, weight, bias;  // of_logits: the logits' gradient stands in input's place
 
-  Gradients(const at::Tensor& x, const at::Tensor& w, std::array<bool, 3> wanted) : needs(wanted) {
+  Gradients(const at::Tensor& x, const at::Tensor& w, std::array<bool, 3> wanted, bool logits)
+      : needs(wanted), of_logits(logits) {
     const auto options = x.options();
-    input = needs[0] ? at::empty({x.size(0), x.size(1)}, options) : at::empty({0}, options);
+    input =
+        needs[0] ? at::empty({x.size(0), logits ? w.size(0) : x.size(1)}, options) : at::empty({0}, options);
     weight = needs[1] ? at::zeros({w.size(0), x.size(1)}, options) : at::empty({0}, options);
     bias = needs[2] ? at::zeros({w.size(0)}, options) : at::empty({0}, options);
   }
   bool any() const { return needs[0] || needs[1] || needs[2]; }
   void add(int64_t first, const at::Tensor& grad_logits, const at::Tensor& part, const at::Tensor& w) {
-    if (needs[0]) {
-      at::Tensor rows = input.narrow(0, first, part.size(0));
-      at::mm_out(rows, grad_logits, w);
-    }
-    if (needs[1]) weight.addmm_(grad_logits.t(), part);
+    const at::Tensor rows = needs[0] ? input.narrow(0, first, part.size(0)) : input;
+    if (needs[0] && of_logits) rows.copy_(grad_logits);
+    if (needs[0] && !of_logits) product_into(rows, grad_logits, w);
+    if (needs[1]) product_add(weight, grad_logits.t(), part);
     if (needs[2]) bias.add_(grad_logits.sum(0));
   }
 };
@@ -155,7 +156,7 @@ Result forward(const at::Tensor& input, const at::Tensor& weight, const std::opt
   const bool each = reduction == at::Reduction::None;
   // Rows' gradients are not known yet: backward makes its chunks again.
   if (each) needs = {};
-  Gradients grads(x, w, needs);
+  Gradients grads(x, w, needs, keeps_logits(x, w));
   at::Tensor loss = each ? at::empty({tokens}, x.options()) : at::zeros({}, x.options());
   each_chunk(x, w, b, [&](int64_t first, at::Tensor& logits, const at::Tensor& part) {
     const at::Tensor losses =
@@ -194,7 +195,7 @@ Backward backward(const at::Tensor& grad_loss, const at::Tensor& input, const at
   const at::Tensor t = target.contiguous();
   // An ignored row's gradient is 0, whatever came in.
   const at::Tensor g = grad_loss.to(type).masked_fill(t.eq(ignore_index), 0).unsqueeze(1);
-  Gradients grads(x, w, needs);
+  Gradients grads(x, w, needs, false);
   each_chunk(x, w, b, [&](int64_t first, at::Tensor& logits, const at::Tensor& part) {
     loss_rows(logits, t.narrow(0, first, part.size(0)), ignore_index, label_smoothing, 1.0, true);
     logits.mul_(g.narrow(0, first, part.size(0)));
@@ -224,7 +225,10 @@ Result forward_meta(const at::Tensor& input, const at::Tensor& weight, const std
   const auto wide = input.options().dtype(accumulation_type(input.scalar_type()));
   return {
       each ? at::empty_symint({input.sym_size(0)}, wide) : at::empty({}, wide),
-      needs[0] ? at::empty_symint(input.sym_sizes(), input.options()) : none,
+      needs[0] ? at::empty_symint({input.sym_size(0),
+                                   keeps_logits(input, weight) ? weight.sym_size(0) : input.sym_size(1)},
+                                  input.options())
+               : none,
       needs[1] ? at::empty_symint(weight.sym_sizes(), weight.options()) : at::empty({0}, weight.options()),
       needs[2] ? at::empty_symint({weight.sym_size(0)}, weight.options()) : at::empty({0}, weight.options())};
 }

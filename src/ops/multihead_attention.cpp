@@ -1,13 +1,12 @@
 #include <remnant/ops/multihead_attention.h>
 
 #include "ops/attention_common.h"
+#include "ops/product.h"
 #include "ops/step_common.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -120,14 +119,14 @@ std::vector<at::Tensor> project(const Block& block, const at::Tensor& x, int64_t
                                 Range heads) {
   const int64_t head_dim = x.size(2) / block.heads;
   const at::Tensor rows = x.reshape({-1, x.size(2)});
-  const auto product = [&](Range of) {
+  const auto projected = [&](Range of) {
     const at::Tensor weight = block.in_weight.narrow(0, of.first, of.count).t();
-    return block.in_bias.has_value() ? at::addmm(block.in_bias->narrow(0, of.first, of.count), rows, weight)
-                                     : at::mm(rows, weight);
+    if (!block.in_bias.has_value()) return product(rows, weight);
+    return product(rows, weight, block.in_bias->narrow(0, of.first, of.count));
   };
   if (heads.count == block.heads) {
     const Range first = rows_of(block, part, heads);
-    return product({first.first, parts * first.count})
+    return projected({first.first, parts * first.count})
         .view({x.size(0), x.size(1), parts, heads.count, head_dim})
         .permute({2, 0, 3, 1, 4})
         .unbind(0);
@@ -135,7 +134,7 @@ std::vector<at::Tensor> project(const Block& block, const at::Tensor& x, int64_t
   std::vector<at::Tensor> made;
   made.reserve(static_cast<size_t>(parts));
   for (int64_t i = 0; i < parts; ++i) {
-    made.push_back(product(rows_of(block, part + i, heads))
+    made.push_back(projected(rows_of(block, part + i, heads))
                        .view({x.size(0), x.size(1), heads.count, head_dim})
                        .transpose(1, 2));
   }
@@ -222,11 +221,9 @@ Forward forward(const at::Tensor& query, const std::optional<at::Tensor>& memory
       }
       const at::Tensor weight = out_weight.narrow(1, column, rows.size(1)).t();
       if (head > 0) {
-        out.addmm_(rows, weight);
-      } else if (out_bias.has_value()) {
-        at::addmm_out(out, *out_bias, rows, weight);
+        product_add(out, rows, weight);
       } else {
-        at::mm_out(out, rows, weight);
+        product_into(out, rows, weight, out_bias);
       }
     }
   }
@@ -257,9 +254,9 @@ void to_input(const Block& block, const std::vector<at::Tensor>& grads, int64_t 
     const Range rows = rows_of(block, part++, heads);
     const at::Tensor weight = block.in_weight.narrow(0, rows.first, rows.count);
     if (add) {
-      into.addmm_(grad, weight);
+      product_add(into, grad, weight);
     } else {
-      at::mm_out(into, grad, weight);
+      product_into(into, grad, weight);
     }
     add = true;
   }
@@ -322,7 +319,7 @@ Backward backward(const at::Tensor& grad_output, const at::Tensor& query,
       if (dropout > 0) residuals.seed = seed;
       if (needs[4]) add_product(grad_out_weight.narrow(1, column, columns), g_rows, merge(attended_heads));
       if (!through) continue;
-      const at::Tensor grad_heads = g_rows.mm(out_weight.narrow(1, column, columns))
+      const at::Tensor grad_heads = product(g_rows, out_weight.narrow(1, column, columns))
                                         .view({count, length, some.count, head_dim})
                                         .transpose(1, 2);
       const BackwardInputs inputs{grad_heads, qkv[0],         qkv[1],

@@ -1,9 +1,12 @@
 #include "ops/step_common.h"
 
+#include "ops/product.h"
+
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/mm.h>
 
 #include <string>
+#include <utility>
 
 namespace remnant::ops {
 
@@ -26,7 +29,7 @@ int64_t parse_bits(const char* op, c10::string_view policy, std::string_view nam
 
 void add_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b) {
   if (sum.scalar_type() == a.scalar_type()) {
-    sum.addmm_(a.t(), b);
+    product_add(std::move(sum), a.t(), b);
   } else {
     sum.add_(a.t().mm(b));
   }

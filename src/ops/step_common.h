@@ -21,6 +21,9 @@ int64_t parse_bits(const char* op, c10::string_view policy, std::string_view nam
 /// sum += a^T b, in sum's dtype.
 void add_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b);
 
+/// An activation's derivative, of input's shape and dtype; not for leaky.
+at::Tensor activation_derivative(const at::Tensor& input, kernels::ActivationKind kind);
+
 /// The kernels' name of a tensor's dtype.
 kernels::Element element_of(at::ScalarType type);
 

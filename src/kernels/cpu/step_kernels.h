@@ -138,6 +138,9 @@ struct StepKernels {
   /// Elements [begin, end); both multiples of kCodeGroup, or the tensor's end.
   void (*encode)(const LowBits&, int64_t begin, int64_t end);
   void (*decode)(const LowBits&, int64_t begin, int64_t end);
+  /// to[c][r] = from[r][c]; strides in elements.
+  void (*transpose_floats)(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
+                           int64_t to_stride);
 };
 
 /// Of the instruction set of `chosen`.

@@ -29,6 +29,8 @@
   void activation_backward(const Activation& problem, int64_t begin, int64_t end);                         \
   void encode(const LowBits& problem, int64_t begin, int64_t end);                                         \
   void decode(const LowBits& problem, int64_t begin, int64_t end);                                         \
+  void transpose_floats(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,     \
+                        int64_t to_stride);                                                                \
   }
 
 REMNANT_DECLARE_KERNELS(portable)
