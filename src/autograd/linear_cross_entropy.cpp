@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -34,7 +35,9 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [loss, grad_input, grad_weight, grad_bias] =
         forward_op().call(input, weight, bias, target, ignore_index, label_smoothing, reduction, needs);
-    ctx->save_for_backward({grad_input, grad_weight, grad_bias});
+    // Of as many rows as input but other columns it is the logits' gradient, from which input's follows.
+    const bool of_logits = needs[0] && grad_input.sym_size(1) != input.sym_size(1);
+    ctx->save_for_backward({grad_input, grad_weight, grad_bias, of_logits ? weight : at::Tensor()});
     ctx->saved_data["needs"] = std::vector<bool>(needs.begin(), needs.end());
     ctx->set_materialize_grads(false);  // no zeros in the residuals' shapes
     ctx->mark_non_differentiable({grad_input, grad_weight, grad_bias});
@@ -50,7 +53,10 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     const auto needs = ctx->saved_data["needs"].toBoolList();
     const variable_list saved = ctx->get_saved_variables();
     for (size_t i = 0; i < 3; ++i) {
-      if (needs[i]) result[i] = saved[i].mul(grads[0]);
+      if (!needs[i]) continue;
+      result[i] = i == 0 && saved[3].defined()
+                      ? at::mm(saved[0], saved[3].to(saved[0].scalar_type())).mul_(grads[0])
+                      : saved[i].mul(grads[0]);
     }
     return result;
   }

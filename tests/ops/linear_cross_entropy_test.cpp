@@ -13,6 +13,7 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace remnant {
@@ -63,6 +64,17 @@ TEST(LinearCrossEntropy, NeverMakesTheWholeLogits) {
     memory::PeakMeter meter;
     linear_cross_entropy(x, w, std::nullopt, target, -100, 0.0, reduction).sum().backward();
     EXPECT_LT(meter.peak_bytes(), tokens * classes * 4 / 8);
+  }
+}
+
+TEST(LinearCrossEntropy, HoldsTheSmallerOfTwoGradients) {
+  const int64_t tokens = 100, features = 64;
+  for (const int64_t classes : {5, 63, 64, 200}) {
+    const at::Tensor x = at::randn({tokens, features}).requires_grad_();
+    const at::Tensor w = at::randn({classes, features}).requires_grad_();
+    const at::Tensor loss = linear_cross_entropy(x, w, std::nullopt, at::randint(0, classes, {tokens}));
+    EXPECT_EQ(memory::kept_bytes({loss}, {loss, x, w}),
+              4 * (tokens * std::min(classes, features) + classes * features));
   }
 }
 
