@@ -32,6 +32,19 @@ def with_policy(policy):
     return lambda q, k, v, mask, causal: remnant.attention(q, k, v, mask=mask, causal=causal, policy=policy)
 
 
+def with_codes(bits):
+    """An `attend` whose value and output are kept at so many bits."""
+    return lambda q, k, v, mask, causal: remnant.attention(q, k, v, mask=mask, causal=causal, bits=bits)
+
+
+def codes(bits):
+    return f"quantized:bits={bits}" if bits else "exact"
+
+
+def norm(layer, x, bits):
+    return remnant.layer_norm(x, layer.weight, layer.bias, policy=codes(bits)) if bits else layer(x)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -39,16 +52,26 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
-    def forward(self, x, attend, mask, causal):
+    def forward(self, x, attend, mask, causal, bits=0):
+        """`bits`: everything kept as codes, as the memory setting unbiased:bits=b does."""
         batch, length, _ = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, WIDTH // HEADS)
+
+
+        def linear(layer, y):
+            return remnant.linear(y, layer.weight, layer.bias, policy=codes(bits))
+
+        qkv = linear(self.qkv, norm(self.norm1, x, bits)).view(batch, length, 3, HEADS, WIDTH // HEADS)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        x = x + self.out(attend(q, k, v, mask, causal).transpose(1, 2).reshape(batch, length, WIDTH))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+        x = x + linear(self.out, attend(q, k, v, mask, causal).transpose(1, 2).reshape(batch, length, WIDTH))
+        hidden = linear(self.up, norm(self.norm2, x, bits))
+        hidden = remnant.gelu(hidden, policy=codes(bits)) if bits else functional.gelu(hidden)
+        return x + linear(self.down, hidden)
 
 
 class Trunk(nn.Module):
-    """Embeddings and pre-norm blocks. `attend(q, k, v, mask, causal)` may be replaced at any time."""
+    """Embeddings and pre-norm blocks. `attend(q, k, v, mask, causal)` and `bits` may be replaced at any time."""
+
+    bits = 0
 
     def __init__(self, vocabulary, positions, layers, outputs):
         super().__init__()
@@ -62,8 +85,8 @@ class Trunk(nn.Module):
     def features(self, tokens, mask, causal):
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
-            x = block(x, self.attend, mask, causal)
-        return self.norm(x)
+            x = block(x, self.attend, mask, causal, self.bits)
+        return norm(self.norm, x, self.bits)
 
 
 class LanguageModel(Trunk):

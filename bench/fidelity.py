@@ -24,6 +24,7 @@ from _models import (
     generator,
     language_model,
     train,
+    with_codes,
     with_policy,
 )
 from torch.nn import functional
@@ -32,7 +33,8 @@ import remnant
 
 SAMPLED_KEYS = 128  # the m of the figures about `sampled`; the one whose speed ./dev bench attention takes
 POLICIES = ["recompute", "curve:m=5", "curve:m=16", "quantized:bits=8", "quantized:bits=4", "quantized:bits=2",
-            "top:m=32", "sampled:m=64", "sampled:m=128", "sampled:m=256"]
+            "top:m=32", "sampled:m=64", "sampled:m=128", "sampled:m=256", "unbiased:bits=8", "unbiased:bits=4",
+            "unbiased:bits=2"]
 MINIBATCHES = 6  # from which the variance between minibatches is taken
 DRAWS = 2  # of each minibatch, for the policies that draw
 REPRODUCTION = {"batch": 6, "length": 512, "step": 60, "minibatches": 4, "seeds": 3}
@@ -42,8 +44,16 @@ def reference(q, k, v, mask, causal):
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
+def attend_under(policy):
+    """(attention, bits of all else) of a policy of attention, or of the memory setting unbiased:bits=b."""
+    if policy.startswith("unbiased:bits="):
+        bits = int(policy[-1])
+        return with_codes(bits), bits
+    return with_policy(policy), 0
+
+
 def draws(policy):
-    return DRAWS if policy.startswith(("quantized", "sampled")) else 1
+    return DRAWS if policy.startswith(("quantized", "sampled", "unbiased")) else 1
 
 
 def known(policies):
@@ -51,17 +61,17 @@ def known(policies):
     have, x = [], torch.zeros(1, 1, 1, 8)
     for policy in policies:
         try:
-            remnant.attention(x, x, x, policy=policy)
+            attend_under(policy)[0](x, x, x, None, False)
             have.append(policy)
         except RuntimeError as error:
             print(f"{policy} is left out: {str(error).splitlines()[0]}")
     return have
 
 
-def gradient(model, batch, attend, seed=0):
+def gradient(model, batch, under, seed=0):
     """(the whole model's gradient as one vector, seconds)."""
     torch.manual_seed(seed)
-    model.attend = attend
+    model.attend, model.bits = under
     start = time.perf_counter()
     grads = torch.autograd.grad(model.loss(batch), list(model.parameters()))
     seconds = time.perf_counter() - start
@@ -70,17 +80,17 @@ def gradient(model, batch, attend, seed=0):
 
 def measure(model, policies, batches, repeats):
     """One row a policy. Policies take turns, so that times are comparable."""
-    exact = [gradient(model, batch, reference)[0] for batch in batches]
+    exact = [gradient(model, batch, (reference, 0))[0] for batch in batches]
     mean = sum(exact) / len(exact)
     noise = (sum((g - mean).square().sum() for g in exact) / (len(exact) - 1)).item()
     seen = {policy: {"error": [], "bias2": [], "added_variance": [], "seconds": []} for policy in policies}
-    gradient(model, batches[0], with_policy(policies[0]))  # warms up
+    gradient(model, batches[0], attend_under(policies[0]))  # warms up
     for index in range(repeats):
         batch, g = batches[index], exact[index]
         for policy, each in seen.items():
             errors = []
             for draw in range(draws(policy)):
-                approximate, seconds = gradient(model, batch, with_policy(policy), 1000 * index + draw)
+                approximate, seconds = gradient(model, batch, attend_under(policy), 1000 * index + draw)
                 errors.append(approximate - g)
                 each["seconds"].append(seconds)
             each["error"].append(statistics.mean((error.norm() / g.norm()).item() for error in errors))
@@ -94,7 +104,7 @@ def measure(model, policies, batches, repeats):
                 each["added_variance"].append(spread / 2 / noise)
     rows = []
     for policy, each in seen.items():
-        model.attend = with_policy(policy)
+        model.attend, model.bits = attend_under(policy)
         rows.append({
             "impl": policy,
             "step_ms": statistics.median(each["seconds"]) * 1e3,
@@ -118,8 +128,8 @@ def reproduction(seeds):
         model.load_state_dict(states[step])
         for index in range(REPRODUCTION["minibatches"]):
             data = crops(text, batch, length, generator(seed, 2, index))
-            exact = gradient(model, data, reference)[0]
-            errors.append(((gradient(model, data, with_policy("curve:m=5"))[0] - exact).norm() / exact.norm()).item())
+            exact = gradient(model, data, (reference, 0))[0]
+            errors.append(((gradient(model, data, attend_under("curve:m=5"))[0] - exact).norm() / exact.norm()).item())
     return statistics.mean(errors)
 
 
