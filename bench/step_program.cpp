@@ -206,12 +206,12 @@ class Trainer {
     at::_foreach_zero_(gradients_);
   }
 
-  void fit(int64_t budget, int64_t batch, int64_t length) {
+  void fit(const remnant::Memory& budget, int64_t batch, int64_t length) {
     const auto loss = [this](int64_t b, int64_t l) {
       model_->draw(b, l);
       return model_->loss();
     };
-    plan_ = remnant::plan(*model_, loss, batch, length, budget);
+    plan_ = remnant::plan(*model_, loss, batch, length, budget.bytes, budget.bits);
     std::cerr << plan_.table();
     model_->draw(batch, length);
   }
@@ -249,7 +249,7 @@ int main(int count, char** words) {
     const bool budget = setting.kind == remnant::Memory::Kind::budget;
     const int64_t batch = std::stoll(words[3]), length = std::stoll(words[4]);
     Trainer trainer(make_model(words[1], budget ? remnant::Memory::exact() : setting, batch, length));
-    if (budget) trainer.fit(setting.bytes, batch, length);
+    if (budget) trainer.fit(setting, batch, length);
     for (std::string line; std::getline(std::cin, line) && line != "quit";) {
       std::istringstream rest(line);
       std::string command;

@@ -15,7 +15,7 @@ namespace remnant {
 
 namespace {
 
-constexpr const char* kForms = "eager, exact, unbiased:bits=4, budget=60MB";
+constexpr const char* kForms = "eager, exact, unbiased:bits=4, budget=60MB or budget=60MB,bits=4";
 
 constexpr std::array<std::pair<const char*, double>, 7> kUnits{
     {{"B", 1}, {"kB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"KiB", 1024}, {"MiB", 1048576}, {"GiB", 1073741824}}};
@@ -37,6 +37,13 @@ int64_t parse_bytes(std::string_view text) {
   return std::llround(bytes);
 }
 
+bool codes_of(int64_t bits) { return bits == 8 || bits == 4 || bits == 2; }
+
+// 0 for what is none.
+int64_t parse_bits(std::string_view text) {
+  return text.size() == 1 && codes_of(text.front() - '0') ? text.front() - '0' : 0;
+}
+
 }  // namespace
 
 std::string_view name(AttentionKeep keep) { return kAttention[static_cast<size_t>(keep)]; }
@@ -46,28 +53,40 @@ Memory Memory::eager() { return {.kind = Kind::eager}; }
 Memory Memory::exact() { return {.kind = Kind::exact}; }
 
 Memory Memory::unbiased(int64_t bits) {
-  TORCH_CHECK(bits == 8 || bits == 4 || bits == 2, "memory setting: unbiased takes 8, 4 or 2 bits, got ",
-              bits);
+  TORCH_CHECK(codes_of(bits), "memory setting: unbiased takes 8, 4 or 2 bits, got ", bits);
   return {.kind = Kind::unbiased, .bits = bits};
 }
 
-Memory Memory::budget(int64_t bytes) {
+Memory Memory::budget(int64_t bytes, int64_t bits) {
   TORCH_CHECK(bytes > 0, "memory setting: a budget must be at least 1 B, got ", bytes);
-  return {.kind = Kind::budget, .bytes = bytes};
+  TORCH_CHECK(bits == 0 || codes_of(bits), "memory setting: a budget takes codes of 8, 4 or 2 bits, got ",
+              bits);
+  return {.kind = Kind::budget, .bytes = bytes, .bits = bits};
 }
 
 Memory Memory::parse(std::string_view text) {
   if (text == "eager") return eager();
   if (text == "exact") return exact();
   constexpr std::string_view budget_form = "budget=";
-  if (text.starts_with(budget_form)) return budget(parse_bytes(text.substr(budget_form.size())));
+  if (text.starts_with(budget_form)) {
+    constexpr std::string_view bits_form = ",bits=";
+    const std::string_view number = text.substr(budget_form.size());
+    const size_t comma = std::min(number.find(','), number.size());
+    const std::string_view codes = number.substr(comma);
+    if (codes.empty()) return budget(parse_bytes(number));
+    const int64_t bits = codes.starts_with(bits_form) ? parse_bits(codes.substr(bits_form.size())) : 0;
+    TORCH_CHECK(bits > 0,
+                "memory setting: what follows a budget is bits=8, 4 or 2, as in "
+                "budget=60MB,bits=4, got '",
+                text, "'");
+    return budget(parse_bytes(number.substr(0, comma)), bits);
+  }
   constexpr std::string_view unbiased_form = "unbiased:bits=";
   if (text.starts_with(unbiased_form)) {
-    const std::string_view number = text.substr(unbiased_form.size());
-    const bool known = number == "8" || number == "4" || number == "2";
-    TORCH_CHECK(known, "memory setting: unbiased takes 8, 4 or 2 bits, as in unbiased:bits=4, got '", text,
+    const int64_t bits = parse_bits(text.substr(unbiased_form.size()));
+    TORCH_CHECK(bits > 0, "memory setting: unbiased takes 8, 4 or 2 bits, as in unbiased:bits=4, got '", text,
                 "'");
-    return unbiased(number.front() - '0');
+    return unbiased(bits);
   }
   const std::string_view name = text.substr(0, text.find_first_of(":="));
   TORCH_CHECK(false, "unknown memory setting '", text, "'",
@@ -88,7 +107,8 @@ std::string Memory::str() const {
   int64_t number = bytes;
   size_t unit = 0;  // B, kB, MB, GB stand first
   for (; unit < 3 && number % 1000 == 0; ++unit) number /= 1000;
-  return "budget=" + std::to_string(number) + kUnits[unit].first;
+  const std::string codes = bits > 0 ? ",bits=" + std::to_string(bits) : "";
+  return "budget=" + std::to_string(number) + kUnits[unit].first + codes;
 }
 
 LayerMemory::LayerMemory(const Memory& memory) {

@@ -69,7 +69,8 @@ struct REMNANT_API Plan {
 
 /// Chooses for each layer of `model` what it keeps, so that a step's peak beyond parameters, gradients and
 /// optimizer state fits `budget_bytes` at the least time, and sets it. Gradients equal eager's up to
-/// rounding.
+/// rounding; with `bits` 8, 4 or 2 a layer may also keep codes of so many bits, as under unbiased:bits=b, and
+/// then its gradients are unbiased instead.
 ///
 /// loss() runs the model's forward on example inputs and returns the scalar to differentiate. It is called,
 /// and its backward, about 25 times: each choice in every layer at once for its bytes and time, then the
@@ -78,15 +79,15 @@ struct REMNANT_API Plan {
 ///
 /// Throws c10::Error when no layer of the model knows settings, and when nothing fits: with the smallest
 /// budget that does; the model is then as it was.
-REMNANT_API Plan plan(torch::nn::Module& model, const std::function<at::Tensor()>& loss,
-                      int64_t budget_bytes);
+REMNANT_API Plan plan(torch::nn::Module& model, const std::function<at::Tensor()>& loss, int64_t budget_bytes,
+                      int64_t bits = 0);
 
 /// The same for batch sequences of length positions, the largest that training will see, where
 /// loss(batch, length) runs the model on any such shape up to there. Then runs the mixture on up to five
 /// smaller shapes, three steps each, so that Plan::predict knows others.
 REMNANT_API Plan plan(torch::nn::Module& model,
                       const std::function<at::Tensor(int64_t batch, int64_t length)>& loss, int64_t batch,
-                      int64_t length, int64_t budget_bytes);
+                      int64_t length, int64_t budget_bytes, int64_t bits = 0);
 
 namespace nn {
 

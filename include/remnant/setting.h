@@ -9,24 +9,25 @@
 namespace remnant {
 
 /// What a whole model keeps for backward; written `eager`, `exact`, `unbiased:bits=4`,
-/// `budget=60MB` (programs' `--memory`, Python's `memory=`).
+/// `budget=60MB`, `budget=60MB,bits=4` (programs' `--memory`, Python's `memory=`).
 struct REMNANT_API Memory {
   enum class Kind {
     eager,     ///< what PyTorch keeps: the "off" switch.
     exact,     ///< gradients equal eager's up to rounding; what can be made again from little is.
     unbiased,  ///< codes at `bits` by stochastic rounding; docs/numerics.md has what little bias is left.
-    budget,    ///< exact gradients, and `plan` chooses layer by layer so that a step's peak fits `bytes`.
+    budget,    ///< `plan` chooses layer by layer so that a step's peak fits `bytes`: gradients are exact, or
+               ///< unbiased where `bits` lets it choose codes too.
   };
   Kind kind = Kind::exact;
   int64_t bytes = 0;  ///< budget: peak of a step beyond parameters, gradients and optimizer state
-  int64_t bits = 0;   ///< unbiased: 8, 4 or 2 an element
+  int64_t bits = 0;   ///< unbiased: 8, 4 or 2 an element; budget: the same, or 0 for exact choices alone
 
   static Memory eager();
   static Memory exact();
   /// Throws c10::Error unless bits is 8, 4 or 2.
   static Memory unbiased(int64_t bits);
-  /// Throws c10::Error unless bytes is positive.
-  static Memory budget(int64_t bytes);
+  /// Throws c10::Error unless bytes is positive and bits is 0, 8, 4 or 2.
+  static Memory budget(int64_t bytes, int64_t bits = 0);
 
   /// Reads the written form; a budget takes B, kB, MB, GB (powers of 1000) or KiB, MiB, GiB. Throws
   /// c10::Error with one sentence that names the nearest setting when `text` does not parse.

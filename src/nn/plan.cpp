@@ -37,8 +37,8 @@ std::vector<Layer> layers_of(torch::nn::Module& model) {
   return layers;
 }
 
-/// Every gradient is exact; from the fastest to the smallest.
-std::vector<LayerMemory> candidates() {
+/// Exact gradients, from the fastest to the smallest; then codes, if wanted.
+std::vector<LayerMemory> candidates(int64_t bits) {
   LayerMemory fastest;
   fastest.norm_input = false;
   LayerMemory no_hidden = fastest;
@@ -49,7 +49,9 @@ std::vector<LayerMemory> candidates() {
   input.attention = AttentionKeep::input;
   LayerMemory checkpoint = input;
   checkpoint.checkpoint = true;
-  return {fastest, no_hidden, output, input, checkpoint};
+  std::vector<LayerMemory> choices{fastest, no_hidden, output, input, checkpoint};
+  if (bits > 0) choices.emplace_back(Memory::unbiased(bits));
+  return choices;
 }
 
 struct Measurement {
@@ -276,7 +278,7 @@ void set_memory(torch::nn::Module& model, const std::vector<std::pair<std::strin
   }
 }
 
-Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t budget_bytes) {
+Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t budget_bytes, int64_t bits) {
   TORCH_CHECK(budget_bytes > 0, "plan: budget_bytes must be positive, got ", budget_bytes);
   const std::vector<Layer> layers = layers_of(model);
   TORCH_CHECK(
@@ -287,7 +289,7 @@ Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t
   before.reserve(layers.size());
   for (const Layer& layer : layers) before.push_back(layer.module->memory());
   memory::PeakMeter meter;
-  const std::vector<LayerMemory> choices = candidates();
+  const std::vector<LayerMemory> choices = candidates(bits);
   const auto apply = [&](const std::vector<size_t>& chosen) {
     for (size_t l = 0; l < layers.size(); ++l) layers[l].module->set_memory(choices[chosen[l]]);
   };
@@ -336,10 +338,10 @@ Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t
 }
 
 Plan plan(torch::nn::Module& model, const std::function<Tensor(int64_t, int64_t)>& loss, int64_t batch,
-          int64_t length, int64_t budget_bytes) {
+          int64_t length, int64_t budget_bytes, int64_t bits) {
   TORCH_CHECK(batch > 0 && length > 0, "plan: batch and length should be positive, got ", batch, " and ",
               length);
-  Plan result = plan(model, [&] { return loss(batch, length); }, budget_bytes);
+  Plan result = plan(model, [&] { return loss(batch, length); }, budget_bytes, bits);
   const Untouched untouched(model);
   memory::PeakMeter meter;
   for (const int64_t b : sizes_up_to(batch, 2)) {

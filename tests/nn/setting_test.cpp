@@ -44,7 +44,7 @@ std::string message(const std::function<void()>& run) {
 
 TEST(Memory, IsReadAndWritten) {
   for (const char* text : {"eager", "exact", "unbiased:bits=4", "unbiased:bits=8", "budget=60MB",
-                           "budget=1500kB", "budget=7B", "budget=2GB"}) {
+                           "budget=1500kB,bits=4", "budget=1500kB", "budget=7B", "budget=2GB"}) {
     EXPECT_EQ(Memory::parse(text).str(), text);
   }
   EXPECT_EQ(Memory::parse("budget=0.5GB").bytes, 500000000);
@@ -56,6 +56,11 @@ TEST(Memory, IsReadAndWritten) {
   EXPECT_NE(message([] { Memory::parse("unbiassed"); }).find("did you mean 'unbiased'"), std::string::npos);
   EXPECT_NE(message([] { Memory::unbiased(5); }).find("got 5"), std::string::npos);
   EXPECT_NE(message([] { Memory::parse("budget=-1MB"); }).find("at least 1 B"), std::string::npos);
+  for (const char* text :
+       {"budget=60MB,", "budget=60MB,bits=3", "budget=60MB,bit=4", "budget=60MB,bits=44"}) {
+    EXPECT_NE(message([&] { Memory::parse(text); }).find("as in budget=60MB,bits=4, got"), std::string::npos)
+        << text;
+  }
   EXPECT_NE(message([] { LayerMemory{Memory::budget(10)}; }).find("remnant::plan"), std::string::npos);
 }
 
@@ -316,6 +321,26 @@ TEST(Plan, FitsItsBudget) {
   EXPECT_EQ(get_memory(model), before);
   torch::nn::ModuleList none;
   EXPECT_NE(message([&] { plan(*none, loss, 1000); }).find("no layer of the model knows"), std::string::npos);
+}
+
+TEST(Plan, MayTakeCodes) {
+  torch::manual_seed(5);
+  Model model(options(true, 0.1));
+  const Inputs in;
+  const auto loss = [&] { return model.forward(in.source, in.padding, in.target).square().sum(); };
+  set_memory(model, Memory::unbiased(2));
+  memory::PeakMeter meter;
+  for (int i = 0; i < 2; ++i) {
+    meter.reset();
+    loss().backward();
+  }
+  const int64_t budget = meter.peak_bytes();  // codes in every layer fit it
+  const Plan tight = plan(model, loss, budget, 2);
+  EXPECT_LE(tight.measured_peak_bytes, budget);
+  for (size_t l = 0; l < 3; ++l) EXPECT_EQ(get_memory(model)[l].second, tight.layers[l].memory);
+  const auto before = get_memory(model);
+  EXPECT_NE(message([&] { plan(model, loss, budget, 3); }).find("8, 4 or 2 bits, got 3"), std::string::npos);
+  EXPECT_EQ(get_memory(model), before);
 }
 
 TEST(Settings, ArePrinted) {

@@ -49,9 +49,7 @@ void visit_training_options(Options& o, const Visit& visit, const char* batch_he
   visit("accumulate", o.accumulate, Resume::same, "batches a step: as one batch that many times larger");
   visit("memory", o.memory, Resume::any,
         "what layers keep: attention (its policy alone), eager, exact, unbiased:bits=4, budget=60MB (of a "
-        "step's peak), or a "
-        "JSON "
-        "file of {layer pattern: choices}");
+        "step's peak; budget=60MB,bits=4: codes too), or a JSON file of {layer pattern: choices}");
   visit("precision", o.precision, Resume::same, "fp32 or bf16 (autocast; parameters stay fp32)");
   visit("seed", o.seed, Resume::same, "of initial weights, batches and dropout");
   visit("epochs", o.epochs, Resume::any, "passes over the training text");

@@ -217,8 +217,8 @@ class Trainer {
     const Minibatch largest = largest_batch();
     model_.train();
     try {
-      const Plan plan =
-          remnant::plan(model_, [&] { return batch_loss(largest, largest.terms, bf16()); }, memory.bytes);
+      const Plan plan = remnant::plan(
+          model_, [&] { return batch_loss(largest, largest.terms, bf16()); }, memory.bytes, memory.bits);
       if (!options_.quiet) std::cerr << plan.table();
       ordered_json layers;
       for (const PlannedLayer& layer : plan.layers) layers[layer.name] = layer.memory.str();
