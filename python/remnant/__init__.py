@@ -7,6 +7,8 @@ Everything runs in libremnant.so, the library that C++ programs link; this packa
 its ops, which are also at torch.ops.remnant, Python signatures.
 """
 
+from remnant import hf, nn
+from remnant._convert import Conversion, conversion, convert, revert
 from remnant._library import library_path, version as __version__
 from remnant._ops import (
     attention,
@@ -29,16 +31,22 @@ from remnant._ops import (
     softmax_approximation,
     softmax_input_from_output,
 )
+from remnant._policy import Policy
 
 __all__ = [
+    "Conversion",
+    "Policy",
     "attention",
     "attention_packed",
     "attention_residual_bytes",
+    "conversion",
+    "convert",
     "dropout",
     "dropout_add",
     "dropout_add_layer_norm",
     "feed_forward",
     "gelu",
+    "hf",
     "layer_norm",
     "leaky_relu",
     "library_path",
@@ -46,7 +54,9 @@ __all__ = [
     "linear_code_bytes",
     "linear_cross_entropy",
     "multihead_attention",
+    "nn",
     "relu",
+    "revert",
     "rms_norm",
     "silu",
     "softmax_approximation",

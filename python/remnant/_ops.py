@@ -413,8 +413,8 @@ def linear_cross_entropy(
     Returns:
         A scalar, or [N] for "none"; float32 (float64 for float64).
 
-    Saves for backward: the gradients of input, weight and bias, where wanted; for "none" input, weight, bias
-    and target, from which the backward makes its chunks of logits again.
+    Saves for backward: the gradients of input, weight and bias, where wanted; with fewer classes than features
+    (V < K) the logits' [N, V] and weight in place of input's. For "none" input, weight, bias and target, from which the backward makes its chunks of logits again.
 
     Raises:
         ValueError: an unknown reduction.

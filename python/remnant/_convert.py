@@ -1,0 +1,149 @@
+"""One line that makes an existing model keep less: `remnant.convert`."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+
+import torch
+from torch import nn as torch_nn
+
+from remnant import hf, nn
+from remnant._policy import Policy
+
+# Leaves that hold nothing worth a word in a report.
+_QUIET = (torch_nn.Embedding, torch_nn.Identity, torch_nn.Flatten, torch_nn.Unflatten)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What `convert` did: converted[name] = (type, setting), left[name] = (type, why)."""
+
+    converted: dict[str, tuple[str, str]]
+    left: dict[str, tuple[str, str]]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.converted)} layers converted, {len(self.left)} left as they were"]
+        lines += [f"  {name or '(the model)'}: {kind}, {setting}" for name, (kind, setting) in self.converted.items()]
+        lines += [f"  {name or '(the model)'}: {kind} left: {why}" for name, (kind, why) in self.left.items()]
+        return "\n".join(lines)
+
+
+def _check_model(model: torch_nn.Module) -> None:
+    if not isinstance(model, torch_nn.Module):
+        raise TypeError(f"convert: model should be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"convert: {name or 'the model'} is a scripted module, which cannot change: convert the "
+                            "model before torch.jit.script")
+        if isinstance(module, nn.Converted):
+            raise ValueError(f"convert: {name or 'the model'} is converted already (memory={module.memory}): "
+                             "call remnant.revert(model) first")
+
+
+def _policies(model: torch_nn.Module, policy: Policy, overrides: Mapping[str, str | Policy]) -> dict[str, Policy]:
+    """Every module's policy, the last pattern that fits its name deciding for it and what is inside."""
+    names = [name for name, _ in model.named_modules()]
+    chosen = dict.fromkeys(names, policy)
+    for pattern, setting in overrides.items():
+        wanted = Policy.parse(setting)
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            some = ", ".join(name for name in names[1:9])
+            raise ValueError(f"convert: no layer's name fits the pattern {pattern!r}; the model's are {some}, ...")
+        for name in names:
+            if any(name == each or name.startswith(each + ".") for each in found):
+                chosen[name] = wanted
+    return chosen
+
+
+def _plan(model: torch_nn.Module, chosen: dict[str, Policy]) -> tuple[dict[str, type], dict[str, tuple[str, str]]]:
+    """The twin of each layer that gets one, and of the others what and why."""
+    twins: dict[str, type] = {}
+    left: dict[str, tuple[str, str]] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue  # attention reads its projections' weights itself
+        kind = type(module)
+        if isinstance(module, torch_nn.MultiheadAttention):
+            inside = (*inside, f"{name}." if name else "")
+        if chosen[name].eager:
+            continue
+        twin = nn.TWINS.get(kind) or hf.twin_of(module)
+        if twin is None:
+            parametrized = any(base in nn.TWINS for base in kind.__mro__[1:])
+            if parametrized and not any(True for _ in module.children()):
+                left[name] = (kind.__name__, "is a subclass of a torch.nn layer, whose forward may differ")
+            elif not any(True for _ in module.children()) and not isinstance(module, _QUIET):
+                left[name] = (kind.__name__, "has no twin in remnant.nn")
+            continue
+        if why := nn.reason_against(module):
+            left[name] = (kind.__name__, why)
+            continue
+        twins[name] = twin
+    return twins, left
+
+
+def convert(
+    model: torch_nn.Module,
+    memory: str | Policy = "exact",
+    *,
+    overrides: Mapping[str, str | Policy] | None = None,
+) -> torch_nn.Module:
+    """Makes a model's layers keep less for the backward pass, in place.
+
+        model = remnant.convert(model, "unbiased:bits=4", overrides={"*.norm*": "exact", "head": "eager"})
+
+    Layers of torch.nn (Linear, LayerNorm, RMSNorm, Dropout, ReLU, GELU, SiLU, MultiheadAttention and the Transformer's
+    encoder and decoder layers) become their twins of `remnant.nn`; of a Hugging Face model also its activations,
+    Conv1D and RMSNorm, and its attention implementation becomes "remnant" (see `remnant.hf`). Parameters,
+    buffers, hooks, names and state dicts stay as they are, so optimizers and checkpoints keep working; `print(model)`
+    shows each layer's setting.
+
+    Args:
+        model: any torch.nn.Module that is not scripted and not converted.
+        memory: "exact" (gradients equal PyTorch's up to rounding, dropout's masks differ), "unbiased:bits=4" (8, 4 or
+            2: codes by stochastic rounding), "eager" (nothing changes), or a `Policy`.
+        overrides: settings by pattern of names (shell-style, as in "encoder.*"); the last that fits decides.
+
+    Returns:
+        `model` itself. `remnant.conversion(model)` says what was converted and what was left, with the reason.
+
+    Raises:
+        TypeError: not a module, or a scripted one.
+        ValueError: an unknown setting (with the nearest name), a model that is converted already, or a pattern that
+            fits no layer. The model is unchanged.
+    """
+    policy = Policy.parse(memory)
+    _check_model(model)
+    chosen = _policies(model, policy, overrides or {})
+    twins, _ = _plan(model, chosen)
+    modules = dict(model.named_modules())
+    attention = hf.prepare(model, chosen)  # may refuse, so before anything changes
+    for name, twin in twins.items():
+        nn.convert_one(modules[name], twin, chosen[name])
+    attention()
+    return model
+
+
+def revert(model: torch_nn.Module) -> torch_nn.Module:
+    """Gives every converted layer its own class back, in place; weights as they are now. Returns `model`."""
+    for module in list(model.modules()):
+        if isinstance(module, nn.Converted):
+            nn.revert_one(module)
+    hf.restore(model)
+    return model
+
+
+def conversion(model: torch_nn.Module) -> Conversion:
+    """What of a model is converted, and what is left as it was and why."""
+    converted: dict[str, tuple[str, str]] = {}
+    chosen = dict.fromkeys((name for name, _ in model.named_modules()), Policy())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Converted):
+            converted[name] = (module.torch_class.__name__, str(module.memory))
+    converted.update(hf.converted(model))
+    twins, left = _plan(model, chosen)
+    modules = dict(model.named_modules())
+    left.update({name: (type(modules[name]).__name__, "stays eager, as was asked for") for name in twins})
+    return Conversion(converted, {name: each for name, each in left.items() if name not in converted})

@@ -1,0 +1,220 @@
+"""Hugging Face Transformers: attention for `attn_implementation="remnant"`, and twins of its own layers.
+
+    import remnant
+    remnant.hf.register()
+    model = AutoModel.from_pretrained(name, attn_implementation="remnant")
+
+`remnant.convert(model)` does this by itself, and more. transformers is imported only where it is used.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remnant import _ops
+from remnant._policy import Policy
+from remnant.nn import Converted
+
+NAME = "remnant"
+_POLICY, _BEFORE = "_remnant_attention", "_remnant_attention_before"
+# Arguments that change what attention computes and that it does not know.
+_REFUSED = ("softcap", "s_aux", "cache")
+
+
+class Gelu(Converted, nn.Module):
+    """GELUActivation, GELUTanh and NewGELUActivation, which PyTorch's autograd keeps up to six tensors for."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.torch_class.forward(self, input)  # type: ignore[attr-defined]
+        form = "none" if self.torch_class.__name__ == "GELUActivation" else "tanh"
+        return _ops.gelu(input, approximate=form, policy=self.memory.codes)
+
+
+class Silu(Converted, nn.Module):
+    """SiLUActivation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.torch_class.forward(self, input)  # type: ignore[attr-defined]
+        return _ops.silu(input, policy=self.memory.codes)
+
+
+class Conv1D(Converted, nn.Module):
+    """GPT-2's linear layer, whose weight is [inputs, outputs]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or not self.memory.bits:
+            return self.torch_class.forward(self, x)  # type: ignore[attr-defined]
+        return _ops.linear(x, self.weight.t(), self.bias, policy=self.memory.codes)
+
+
+class RmsNorm(Converted, nn.Module):
+    """Llama's normalisation and those that are written like it."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.torch_class.forward(self, hidden_states)  # type: ignore[attr-defined]
+        return _ops.rms_norm(hidden_states, self.weight, eps=self.variance_epsilon, policy=self.memory.codes)
+
+
+_TWINS = {
+    "GELUActivation": Gelu, "GELUTanh": Gelu, "NewGELUActivation": Gelu, "SiLUActivation": Silu, "Conv1D": Conv1D,
+    "LlamaRMSNorm": RmsNorm, "MistralRMSNorm": RmsNorm, "MixtralRMSNorm": RmsNorm, "Qwen2RMSNorm": RmsNorm,
+    "Qwen3RMSNorm": RmsNorm, "T5LayerNorm": RmsNorm,
+}
+
+
+def twin_of(module: nn.Module) -> type | None:
+    """The twin of a layer that transformers defines, or None."""
+    kind = type(module)
+    if not kind.__module__.startswith("transformers."):
+        return None
+    if kind.__name__ in ("GELUActivation", "GELUTanh") and getattr(module.act, "__self__", None) is module:
+        return None  # spelled out in Python, on request
+    return _TWINS.get(kind.__name__)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What the attention interface of transformers calls: query [B, H, N, D], key and value [B, Hkv, M, D].
+
+    Under the policy that `convert` or `register` chose. Returns ([B, N, H, D], weights or None).
+
+    Saves for backward: what `remnant.attention` saves.
+
+    Raises:
+        ValueError: a soft cap, attention sinks or a paged cache, which remnant.attention does not have.
+    """
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attn_implementation 'remnant' has no {name!r}: choose another attn_implementation for "
+                             f"{type(module).__name__}")
+    policy = getattr(module, _POLICY, None) or _registered
+    if policy.eager:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                      is_causal=is_causal, position_bias=position_bias, **kwargs)
+    length, keys = query.shape[2], key.shape[2]
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = bool(causal) and length > 1 and attention_mask is None
+    if causal and keys > length:  # an empty static cache behind the prompt
+        key, value = key[:, :, :length], value[:, :, :length]
+        position_bias = position_bias[..., :length] if position_bias is not None else None
+    mask = attention_mask
+    if mask is not None and mask.shape[-1] > key.shape[2]:
+        mask = mask[..., : key.shape[2]]
+    if position_bias is not None:
+        if mask is None:
+            mask = position_bias
+        elif mask.dtype == torch.bool:
+            mask = position_bias.masked_fill(~mask, float("-inf"))
+        else:
+            mask = position_bias + mask
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
+    need_weights = bool(kwargs.get("output_attentions"))
+    result = _ops.attention(query, key, value, mask=mask, causal=causal, dropout=dropout, scale=scaling,
+                            policy=policy.attention, need_weights=need_weights, bits=0 if need_weights else policy.bits)
+    output, weights = result if need_weights else (result, None)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+_registered = Policy()
+
+
+def register(policy: str | Policy = "exact") -> None:
+    """Makes `attn_implementation="remnant"` known to transformers.
+
+    Args:
+        policy: "exact", "unbiased:bits=4", or a `remnant.Policy` such as Policy(attention="curve:m=5"), of every
+            model that `remnant.convert` did not give its own.
+
+    Raises:
+        ImportError: transformers is not installed, or has no attention interface (before 4.48).
+        ValueError: an unknown policy.
+    """
+    global _registered
+    chosen = Policy.parse(policy)
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    except ImportError as error:
+        raise ImportError("remnant.hf needs transformers with its attention interface: pip install transformers"
+                          ) from error
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    _registered = chosen
+
+
+def _models(model: nn.Module) -> list[nn.Module]:
+    """The outermost Hugging Face models in `model`."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None:
+        return []
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, library.PreTrainedModel) and id(module) not in seen:
+            found.append(module)
+            seen.update(id(each) for each in module.modules())
+    return found
+
+
+def _attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, each) for name, each in model.named_modules()
+            if type(each).__module__.startswith("transformers.") and "Attention" in type(each).__name__
+            and (hasattr(each, "scaling") or hasattr(each, "is_causal"))]
+
+
+def prepare(model: nn.Module, chosen: dict[str, Policy]) -> Callable[[], None]:
+    """What gives a model's attention its policies, to be called once nothing can fail any more."""
+    models = _models(model)
+    if not models or all(policy.eager for policy in chosen.values()):
+        return lambda: None
+
+    def apply() -> None:
+        register(_registered)
+        for each in models:
+            before = each.config._attn_implementation
+            try:
+                each.set_attn_implementation(NAME)
+            except ValueError:
+                continue  # a model that goes by no interface keeps its own attention
+            if each.config._attn_implementation == NAME:
+                each.__dict__[_BEFORE] = before
+        for name, attention in _attentions(model):
+            attention.__dict__[_POLICY] = chosen[name]
+
+    return apply
+
+
+def restore(model: nn.Module) -> None:
+    for each in _models(model):
+        before = each.__dict__.pop(_BEFORE, None)
+        if before is not None:
+            each.set_attn_implementation(before)
+    for _, attention in _attentions(model):
+        attention.__dict__.pop(_POLICY, None)
+
+
+def converted(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """name: (type, setting) of a model's attention layers."""
+    if not any(_BEFORE in each.__dict__ for each in _models(model)):
+        return {}
+    return {name: (type(each).__name__, f"attention under {each.__dict__[_POLICY]}")
+            for name, each in _attentions(model) if _POLICY in each.__dict__}

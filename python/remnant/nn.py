@@ -1,0 +1,261 @@
+"""PyTorch's layers as `remnant.convert` leaves them: the same parameters, state dicts and outputs, less kept.
+
+Each class is a subclass of the torch.nn layer that it stands for and holds a `Policy` in `memory`. Without gradients
+(torch.no_grad) each runs PyTorch's own forward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remnant import _ops
+from remnant._policy import Policy
+
+
+class Converted:
+    """What every converted layer has: its setting, and the class that `remnant.revert` gives back."""
+
+    memory: Policy
+    torch_class: type
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()  # type: ignore[misc]
+        return f"{text}, memory={self.memory}" if text else f"memory={self.memory}"
+
+
+def _takes_part() -> bool:
+    return torch.is_grad_enabled()
+
+
+class Linear(Converted, nn.Linear):
+    """torch.nn.Linear that keeps its input at the policy's bits. Exact: PyTorch's product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _takes_part() or not self.memory.bits:
+            return super().forward(input)
+        return _ops.linear(input, self.weight, self.bias, policy=self.memory.codes)
+
+
+class LayerNorm(Converted, nn.LayerNorm):
+    """torch.nn.LayerNorm over the last dimension that keeps its output, which the next layer holds anyway."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _takes_part():
+            return super().forward(input)
+        return _ops.layer_norm(input, self.weight, self.bias, eps=self.eps, policy=self.memory.codes)
+
+
+class RMSNorm(Converted, nn.RMSNorm):
+    """torch.nn.RMSNorm over the last dimension that keeps its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _takes_part():
+            return super().forward(x)
+        return _ops.rms_norm(x, self.weight, eps=self.eps, policy=self.memory.codes)
+
+
+class Dropout(Converted, nn.Dropout):
+    """torch.nn.Dropout that keeps a seed of 16 bytes. Draws other masks than PyTorch from the same random state."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.inplace or not _takes_part() or not 0 < self.p < 1:
+            return super().forward(input)
+        return _ops.dropout(input, self.p)
+
+
+class ReLU(Converted, nn.ReLU):
+    """torch.nn.ReLU that keeps a bit an element where the next layer keeps codes of its output. Exact: PyTorch's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _takes_part() or not self.memory.bits or self.inplace:
+            return super().forward(input)
+        return _ops.relu(input)
+
+
+class GELU(Converted, nn.GELU):
+    """torch.nn.GELU that keeps codes of its derivative at the policy's bits. Exact: its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _takes_part():
+            return super().forward(input)
+        return _ops.gelu(input, approximate=self.approximate, policy=self.memory.codes)
+
+
+class SiLU(Converted, nn.SiLU):
+    """torch.nn.SiLU that keeps codes of its derivative at the policy's bits. Exact: its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _takes_part() or self.inplace:
+            return super().forward(input)
+        return _ops.silu(input, policy=self.memory.codes)
+
+
+def _attend_mask(mask: Tensor | None) -> Tensor | None:
+    """PyTorch's module masks say where not to attend, remnant.attention's where to."""
+    return ~mask if mask is not None and mask.dtype == torch.bool else mask
+
+
+def _join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Both masks at once, boolean (True = attend) or added."""
+    if a is None or b is None:
+        return b if a is None else a
+    if a.dtype == torch.bool and b.dtype == torch.bool:
+        return a & b
+    if a.dtype == torch.bool:
+        a, b = b, a
+    return a.masked_fill(~b, float("-inf")) if b.dtype == torch.bool else a + b
+
+
+class MultiheadAttention(Converted, nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention under an attention policy.
+
+    Differs from PyTorch in two points: a query with every key masked attends nothing (its output is out_proj.bias)
+    where PyTorch gives NaN, and returned weights are those before dropout, without a gradient.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not _takes_part():
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask,
+                                   average_attn_weights, is_causal)
+        if is_causal and attn_mask is None:
+            raise RuntimeError("MultiheadAttention: is_causal is a hint about attn_mask; give attn_mask too")
+        batched = query.dim() == 3
+        itself = key is query and value is query
+        one = value is key
+        if not batched:
+            query = query.unsqueeze(0)
+            key = query if itself else key.unsqueeze(0)
+            value = key if one else value.unsqueeze(0)
+            key_padding_mask = key_padding_mask.unsqueeze(0) if key_padding_mask is not None else None
+        elif not self.batch_first:
+            query = query.transpose(0, 1)
+            key = query if itself else key.transpose(0, 1)
+            value = key if one else value.transpose(0, 1)
+        batch, length, width = query.shape
+        heads = self.num_heads
+        # The hint says that attn_mask is the causal mask, which needs no tensor.
+        mask = None if is_causal else _attend_mask(attn_mask)
+        if mask is not None and mask.dim() == 3:
+            mask = mask.view(batch, heads, length, -1)
+        if key_padding_mask is not None:
+            mask = _join(mask, _attend_mask(key_padding_mask)[:, None, None, :])
+        p = self.dropout if self.training else 0.0
+        policy = self.memory
+        weights = None
+        if (policy.recompute and not policy.bits and policy.attention == "recompute" and not need_weights and one
+                and not (mask is not None and mask.requires_grad)):
+            output = _ops.multihead_attention(
+                query, None if itself else key, self.in_proj_weight, self.in_proj_bias, self.out_proj.weight,
+                self.out_proj.bias, heads, mask=mask, causal=is_causal, dropout=p,
+                keep_output=2 * key.shape[1] > 3 * width)
+        else:
+            q, k, v = self._project(query, key, value, itself, one)
+            o = _ops.attention(
+                *(x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)), mask=mask, causal=is_causal,
+                dropout=p, policy=policy.attention, need_weights=need_weights,
+                bits=0 if need_weights else policy.bits)
+            if need_weights:
+                o, weights = o
+                if average_attn_weights:
+                    weights = weights.mean(1)
+                weights = weights if batched else weights.squeeze(0)
+            o = o.transpose(1, 2).flatten(2)
+            output = _ops.linear(o, self.out_proj.weight, self.out_proj.bias, policy=policy.codes)
+        if not batched:
+            return output.squeeze(0), weights
+        return (output if self.batch_first else output.transpose(0, 1)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, itself: bool, one: bool) -> tuple[Tensor, ...]:
+        weight, bias, codes, width = self.in_proj_weight, self.in_proj_bias, self.memory.codes, self.embed_dim
+        if itself:
+            return _ops.linear(query, weight, bias, policy=codes).chunk(3, -1)
+
+        def part(x: Tensor, first: int, last: int) -> Tensor:
+            rows = slice(first * width, last * width)
+            return _ops.linear(x, weight[rows], None if bias is None else bias[rows], policy=codes)
+
+        q = part(query, 0, 1)
+        return (q, *part(key, 1, 3).chunk(2, -1)) if one else (q, part(key, 1, 2), part(value, 2, 3))
+
+
+_ACTIVATIONS = {torch.relu: "relu", nn.functional.relu: "relu", nn.functional.gelu: "gelu"}
+
+
+class _FeedForward(Converted):
+    """The feed-forward block of PyTorch's Transformer layers."""
+
+    def _hidden(self, x: Tensor) -> Tensor | None:
+        """What linear2 gives, or None where PyTorch's own block should run."""
+        activation = _ACTIVATIONS.get(self.activation)  # type: ignore[attr-defined]
+        policy, first, second = self.memory, self.linear1, self.linear2  # type: ignore[attr-defined]
+        if activation is None or not _takes_part() or not self.training:  # type: ignore[attr-defined]
+            return None
+        p = self.dropout.p  # type: ignore[attr-defined]
+        if policy.bits:
+            hidden = _ops.linear(x, first.weight, first.bias, policy=policy.codes)
+            hidden = _ops.relu(hidden) if activation == "relu" else _ops.gelu(hidden, policy=policy.codes)
+            return _ops.linear(_ops.dropout(hidden, p) if p > 0 else hidden, second.weight, second.bias,
+                               policy=policy.codes)
+        if not policy.recompute:
+            return None
+        return _ops.feed_forward(x, first.weight, first.bias, second.weight, second.bias, activation=activation,
+                                 dropout=p)
+
+
+class TransformerEncoderLayer(_FeedForward, nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer whose feed-forward block makes its hidden layer again, or keeps codes of it."""
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        hidden = self._hidden(x)
+        return super()._ff_block(x) if hidden is None else self.dropout2(hidden)
+
+
+class TransformerDecoderLayer(_FeedForward, nn.TransformerDecoderLayer):
+    """torch.nn.TransformerDecoderLayer, in the same way."""
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        hidden = self._hidden(x)
+        return super()._ff_block(x) if hidden is None else self.dropout3(hidden)
+
+
+def reason_against(module: nn.Module) -> str | None:
+    """Why a layer whose type has a twin cannot be converted, or None."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:
+        return f"normalises over {len(module.normalized_shape)} dimensions; only the last one can be"
+    if isinstance(module, nn.MultiheadAttention):
+        if module.bias_k is not None or module.add_zero_attn:
+            return "has add_bias_kv or add_zero_attn"
+        if not module._qkv_same_embed_dim:
+            return "has kdim or vdim of its own"
+    return None
+
+
+TWINS: dict[type, type] = {
+    twin.__mro__[twin.__mro__.index(Converted) + 1]: twin  # the torch.nn class behind Converted
+    for twin in (Linear, LayerNorm, RMSNorm, Dropout, ReLU, GELU, SiLU, MultiheadAttention, TransformerEncoderLayer,
+                 TransformerDecoderLayer)
+}
+
+
+def convert_one(module: nn.Module, twin: type, policy: Policy) -> None:
+    """Gives `module` its twin's class: parameters, buffers, hooks and identity stay."""
+    attributes: dict[str, Any] = module.__dict__
+    attributes["torch_class"] = type(module)
+    attributes["memory"] = policy
+    module.__class__ = twin
+
+
+def revert_one(module: nn.Module) -> None:
+    module.__class__ = module.__dict__.pop("torch_class")
+    del module.__dict__["memory"]
