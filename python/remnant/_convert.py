@@ -3,11 +3,12 @@
 import dataclasses
 import fnmatch
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn as torch_nn
 
-from remnant import hf, nn
+from remnant import _budget, hf, nn
 from remnant._policy import Policy
 
 # Leaves that hold nothing worth a word in a report.
@@ -89,6 +90,8 @@ def convert(
     memory: str | Policy = "exact",
     *,
     overrides: Mapping[str, str | Policy] | None = None,
+    budget: str | int | None = None,
+    example: Any = None,
 ) -> torch_nn.Module:
     """Makes a model's layers keep less for the backward pass, in place.
 
@@ -105,6 +108,11 @@ def convert(
         memory: "exact" (gradients equal PyTorch's up to rounding, dropout's masks differ), "unbiased:bits=4" (8, 4 or
             2: codes by stochastic rounding), "eager" (nothing changes), or a `Policy`.
         overrides: settings by pattern of names (shell-style, as in "encoder.*"); the last that fits decides.
+        budget: bytes, or a text such as "2GB": the highest that a step's live memory may go beyond parameters,
+            gradients and optimizer state. Each setting up to `memory` ("eager", exact without and with recomputation,
+            then `memory` itself) is measured on `example`, five steps each, and the fastest that fits is taken.
+        example: with a budget: inputs of the largest batch (a tensor, a sequence, or a mapping of keyword arguments),
+            or a function without arguments that gives the loss. Gradients, buffers and random state stay as they are.
 
     Returns:
         `model` itself. `remnant.conversion(model)` says what was converted and what was left, with the reason.
@@ -112,18 +120,41 @@ def convert(
     Raises:
         TypeError: not a module, or a scripted one.
         ValueError: an unknown setting (with the nearest name), a model that is converted already, or a pattern that
-            fits no layer. The model is unchanged.
+            fits no layer, or a budget that nothing fits (with the smallest peak). The model is unchanged.
     """
     policy = Policy.parse(memory)
     _check_model(model)
-    chosen = _policies(model, policy, overrides or {})
+    if budget is not None:
+        policy = _fit(model, policy, overrides or {}, _budget.parse_bytes(budget), example)
+    _apply(model, policy, overrides or {})
+    return model
+
+
+def _fit(model: torch_nn.Module, most: Policy, overrides: Mapping[str, str | Policy], budget: int,
+         example: Any) -> Policy:
+    if example is None:
+        raise ValueError("convert: a budget needs example=, the inputs of the largest batch or a function that gives "
+                         "the loss")
+    loss = _budget.loss_of(model, example)
+    settings = {str(each): each for each in (Policy(eager=True), Policy(recompute=False), Policy(), most)}
+    trials = []
+    for name, each in settings.items():
+        _apply(model, each, overrides)
+        try:
+            trials.append(_budget.measure(model, loss, name))
+        finally:
+            revert(model)
+    return settings[_budget.choose(trials, budget).memory]
+
+
+def _apply(model: torch_nn.Module, policy: Policy, overrides: Mapping[str, str | Policy]) -> None:
+    chosen = _policies(model, policy, overrides)
     twins, _ = _plan(model, chosen)
     modules = dict(model.named_modules())
     attention = hf.prepare(model, chosen)  # may refuse, so before anything changes
     for name, twin in twins.items():
         nn.convert_one(modules[name], twin, chosen[name])
     attention()
-    return model
 
 
 def revert(model: torch_nn.Module) -> torch_nn.Module:

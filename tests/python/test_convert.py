@@ -298,3 +298,28 @@ def test_compiles_as_one_graph(memory):
     for name, g in wanted[1].items():
         other = found[1]["_orig_mod." + name]
         assert (other - g).norm() <= (2e-5 if memory == "exact" else 0.5) * (1e-3 + g.norm()), name
+
+
+def test_a_budget_takes_the_fastest_setting_that_fits():
+    model = transformer(dropout=0.1)
+    x = torch.randn(16, 64, WIDTH)
+    before = str(model)
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    remnant.convert(model, budget="10GB", example=(x, x))
+    assert torch.equal(torch.get_rng_state(), random) and all(p.grad is None for p in model.parameters())
+    remnant.revert(model)
+    with pytest.raises(ValueError, match=r"the smallest peak found for this example is (.*) MB") as refusal:
+        remnant.convert(model, "unbiased:bits=2", budget=1000, example=lambda: model(x, x).sum())
+    assert str(model) == before
+    least = float(str(refusal.value).split("example is ")[1].split(" MB")[0])
+    remnant.convert(model, "unbiased:bits=2", budget=f"{1.05 * least:.3f}MB", example={"src": x, "tgt": x})
+    assert str(model) != before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("budget", ["2 gigabytes", "GB", "1..5GB", 0, "-1GB"])
+def test_budgets_that_are_none(budget):
+    with pytest.raises(ValueError, match="budget should be"):
+        remnant.convert(mixed(), budget=budget, example=torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="needs example="):
+        remnant.convert(mixed(), budget="1GB")
