@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 
 import torch
 from _measure import arguments, write
@@ -150,17 +151,15 @@ if ranks > 1:
 
 def data_parallel(repeats):
     """A step of two processes with a thread each, over that of two that do not speak with each other."""
-    path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"remnant_ranks_{os.getpid()}.py")
-    with open(path, "w") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write(RANK.format(bench=os.path.dirname(os.path.abspath(__file__)), repeats=repeats))
-    try:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", path]
+        file.flush()
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", file.name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         together = json.loads(subprocess.run(torchrun, env=environment, stdout=subprocess.PIPE, check=True).stdout)
-        pair = [subprocess.Popen([sys.executable, path], env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+        pair = [subprocess.Popen([sys.executable, file.name], env=environment, stdout=subprocess.PIPE)
+                for _ in range(2)]
         alone = [json.loads(process.communicate()[0]) for process in pair]
-    finally:
-        os.remove(path)
     return together, statistics.fmean(alone)
 
 
