@@ -387,6 +387,86 @@ def linear_code_bytes(elements: int, bits: int) -> int:
     return _ops.linear_code_bytes(elements, bits)
 
 
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    policy: str = "exact",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv2d with zero padding, and a choice of what is kept of its input.
+
+    Args:
+        input: [N, C, H, W]; float32, float64, bfloat16 or float16.
+        weight: [O, C / groups, kh, kw], input's dtype.
+        bias: [O] or None.
+        stride, padding, dilation, groups: as torch's, padding in numbers.
+        policy: what is kept of the input, for weight's gradient:
+            "exact": all of it, as torch does.
+            "quantized:bits=4": 8, 4 or 2 bits an element by stochastic rounding; unbiased.
+            "invert": the output and what it does not tell (the ring, coordinates of nearly singular directions); the
+                backward rebuilds the input and checks it. Exact up to rounding times conv2d_inversion's
+                amplification. Where that is not worth while the input is kept; conv2d_inversion says why.
+            "min_norm": as "invert" without those coordinates and without the check. BIASED: the weight never leaves the
+                directions that it sees at first.
+        generator: source of the rounding's seed; the device's default generator when None.
+
+    Returns:
+        [N, O, H', W'] in input's dtype.
+
+    Saves for backward: see policy; nothing of the input where weight needs no gradient.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, an unknown policy, a rebuilt input that fails its check, or a
+            double backward under any policy but "exact".
+    """
+    return _ops.conv2d(input, weight, bias, stride, padding, dilation, groups, policy, generator)
+
+
+def conv2d_inversion(
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> str:
+    """What conv2d's policy "invert" would do: what share of the input it keeps and its amplification, or why not.
+
+    Args:
+        weight: [O, C / groups, kh, kw].
+        input_size: [H, W].
+        stride, padding, dilation, groups: as in conv2d.
+
+    Returns:
+        "invert: keeps 0.129 of the input, amplification 9.2", or "exact: " and the reason.
+
+    Raises:
+        RuntimeError: shapes that do not fit.
+    """
+    return _ops.conv2d_inversion(weight, input_size, stride, padding, dilation, groups)
+
+
+def inversion_counters() -> dict[str, int]:
+    """What rebuilding inputs did so far in this process.
+
+    Returns:
+        "rebuilt": inputs rebuilt in a backward; "kept": inputs kept instead, by decision of the forward; "failed":
+        rebuilt inputs that failed their check; "repeated": layers whose forward ran again because of that.
+    """
+    return dict(zip(("rebuilt", "kept", "failed", "repeated"), _ops.inversion_counters(), strict=True))
+
+
+def reset_inversion_counters() -> None:
+    """Sets inversion_counters to 0."""
+    _ops.reset_inversion_counters()
+
+
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 

@@ -176,4 +176,31 @@ TORCH_LIBRARY(remnant, m) {
       "target, int ignore_index, float label_smoothing, bool[3] needs) -> (Tensor grad_input, Tensor "
       "grad_weight, Tensor grad_bias)",
       plain);
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] "
+      "dilation=1, "
+      "int groups=1, str policy='exact', Generator? generator=None) -> Tensor",
+      random);
+  m.def(
+      "conv2d_coded(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] "
+      "dilation, "
+      "int groups, int bits, Generator? generator=None) -> Tensor",
+      random);
+  m.def(
+      "conv2d_coded_backward(Tensor grad_output, Tensor? codes, Tensor? table, Tensor weight, SymInt[] "
+      "input, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, int bits, bool[3] needs) -> (Tensor "
+      "grad_input, Tensor grad_weight, Tensor grad_bias)",
+      plain);
+  m.def(
+      "conv2d_rebuilt(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] "
+      "dilation, int groups, bool least) -> Tensor",
+      plain);
+  m.def(
+      "conv2d_inversion(Tensor weight, int[2] input_size, int[2] stride=1, int[2] padding=0, int[2] "
+      "dilation=1, "
+      "int groups=1) -> str",
+      plain);
+  m.def("inversion_counters() -> int[]", plain);
+  m.def("reset_inversion_counters() -> ()", plain);
 }
