@@ -96,12 +96,13 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const Optio
 // Products in half precision leave nothing to rebuild an input from: float32, whatever comes in.
 at::Tensor reversible_chain(const at::Tensor& input, at::TensorList weights, at::TensorList scales,
                             at::TensorList shifts, at::TensorList means, at::TensorList vars, double momentum,
-                            double eps, double slope, at::IntArrayRef anchors, at::IntArrayRef residues,
-                            const OptionalTensor& errors) {
+                            double eps, double slope, c10::string_view activation, at::IntArrayRef anchors,
+                            at::IntArrayRef residues, const OptionalTensor& errors) {
   static const auto op = find<decltype(reversible_chain)>("remnant::reversible_chain");
   const Below guard(kKey);
   const at::Tensor x = input.scalar_type() == at::kDouble ? input : cast(at::kFloat, input);
-  return op.call(x, weights, scales, shifts, means, vars, momentum, eps, slope, anchors, residues, errors);
+  return op.call(x, weights, scales, shifts, means, vars, momentum, eps, slope, activation, anchors, residues,
+                 errors);
 }
 
 at::Tensor feed_forward(const at::Tensor& input, const at::Tensor& weight1, const OptionalTensor& bias1,

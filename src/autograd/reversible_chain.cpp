@@ -54,6 +54,7 @@ struct ReversibleChainFunction : torch::autograd::Function<ReversibleChainFuncti
     ctx->saved_data["policy"] = "reversible chain: " + std::to_string(options->anchors.size()) +
                                 " anchors, " + std::to_string(options->residues.size()) + " residues";
     ctx->saved_data["layers"] = static_cast<int64_t>(kept.layers.size());
+    ctx->saved_data["maxmin"] = options->activation == ops::ChainActivation::maxmin;
     ctx->saved_data["slope"] = options->slope;
     ctx->saved_data["eps"] = options->eps;
     ctx->saved_data["needs_input"] = input.requires_grad();
@@ -67,6 +68,7 @@ struct ReversibleChainFunction : torch::autograd::Function<ReversibleChainFuncti
     const variable_list saved = ctx->get_saved_variables();
     const auto layers = static_cast<size_t>(ctx->saved_data["layers"].toInt());
     ChainOptions options;
+    if (ctx->saved_data["maxmin"].toBool()) options.activation = ops::ChainActivation::maxmin;
     options.slope = ctx->saved_data["slope"].toDouble();
     options.eps = ctx->saved_data["eps"].toDouble();
     const ChainTensors tensors{
@@ -91,12 +93,18 @@ ChainTensors make_tensors(at::TensorList weights, at::TensorList scales, at::Ten
   return {weights.vec(), scales.vec(), shifts.vec(), means.vec(), vars.vec()};
 }
 
+ops::ChainActivation parse(c10::string_view name) {
+  TORCH_CHECK(name == "leaky" || name == "maxmin",
+              "reversible_chain: activation must be 'leaky' or 'maxmin', got '", name, "'");
+  return name == "leaky" ? ops::ChainActivation::leaky : ops::ChainActivation::maxmin;
+}
+
 at::Tensor chain(const at::Tensor& input, at::TensorList weights, at::TensorList scales,
                  at::TensorList shifts, at::TensorList means, at::TensorList vars, double momentum,
-                 double eps, double slope, at::IntArrayRef anchors, at::IntArrayRef residues,
-                 const std::optional<at::Tensor>& errors) {
+                 double eps, double slope, c10::string_view activation, at::IntArrayRef anchors,
+                 at::IntArrayRef residues, const std::optional<at::Tensor>& errors) {
   const ChainTensors tensors = make_tensors(weights, scales, shifts, means, vars);
-  const ChainOptions options{slope, eps, momentum, anchors.vec(), residues.vec()};
+  const ChainOptions options{parse(activation), slope, eps, momentum, anchors.vec(), residues.vec()};
   ops::check_chain(input, tensors, options);
   const auto wanted = [](at::TensorList list) {
     return std::any_of(list.begin(), list.end(), [](const at::Tensor& x) { return x.requires_grad(); });
@@ -119,9 +127,11 @@ at::Tensor chain(const at::Tensor& input, at::TensorList weights, at::TensorList
 
 std::tuple<std::vector<int64_t>, std::vector<int64_t>> plan(const at::Tensor& samples, at::TensorList weights,
                                                             at::TensorList scales, at::TensorList shifts,
-                                                            double eps, double slope, double limit) {
+                                                            double eps, double slope,
+                                                            c10::string_view activation, double limit) {
   const at::NoGradGuard no_grad;
   ChainOptions options;
+  options.activation = parse(activation);
   options.slope = slope;
   options.eps = eps;
   const ChainTensors tensors = make_tensors(weights, scales, shifts, {}, {});

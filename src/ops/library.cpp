@@ -206,12 +206,14 @@ TORCH_LIBRARY(remnant, m) {
   m.def(
       "reversible_chain(Tensor input, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, "
       "Tensor(a!)[] "
-      "running_means, Tensor(b!)[] running_vars, float momentum=0.1, float eps=1e-05, float slope=0.5, int[] "
+      "running_means, Tensor(b!)[] running_vars, float momentum=0.1, float eps=1e-05, float slope=0.5, str "
+      "activation='leaky', int[] "
       "anchors=[], int[] residues=[], Tensor(c!)? errors=None) -> Tensor",
       plain);
   m.def(
       "reversible_chain_plan(Tensor samples, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, "
       "float "
-      "eps=1e-05, float slope=0.5, float limit=0.0002) -> (int[] anchors, int[] residues)",
+      "eps=1e-05, float slope=0.5, str activation='leaky', float limit=0.0002) -> (int[] anchors, int[] "
+      "residues)",
       plain);
 }

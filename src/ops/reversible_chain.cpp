@@ -9,11 +9,15 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/native_batch_norm_backward.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -53,6 +57,45 @@ at::Tensor by_sign(const at::Tensor& x, const at::Tensor& signs, double slope) {
       .call(x.permute({0, 2, 3, 1}), std::nullopt, signs,
             static_cast<int64_t>(kernels::ActivationKind::leaky), slope, 1)
       .permute({0, 3, 1, 2});
+}
+
+// [N, C, H, W] as its halves.
+std::array<at::Tensor, 2> halves(const at::Tensor& x) {
+  const int64_t each = x.size(1) / 2;
+  return {x.narrow(1, 0, each), x.narrow(1, each, each)};
+}
+
+std::tuple<at::Tensor, at::Tensor> activate(const at::Tensor& x, const ChainOptions& options, bool keep) {
+  if (options.activation == ChainActivation::leaky) return leaky(x, options.slope, keep);
+  const auto [a, b] = halves(x);
+  at::Tensor y = at::empty(x.sizes(), x.options(), kLast), signs;
+  auto [high, low] = halves(y);
+  at::maximum_out(high, a, b);
+  at::minimum_out(low, a, b);
+  if (keep) signs = std::get<1>(leaky(a - b, 1, true));
+  return {y, signs};
+}
+
+// The pairs of x exchanged where the second was the larger: maxmin's derivative and its inverse.
+at::Tensor exchange(const at::Tensor& x, const at::Tensor& signs) {
+  const auto [a, b] = halves(x);
+  const at::Tensor first = by_sign(at::ones_like(a, a.options(), kLast), signs, 0).gt(0);
+  at::Tensor y = at::empty(x.sizes(), x.options(), kLast);
+  auto [high, low] = halves(y);
+  at::where_out(high, first, a, b);
+  at::where_out(low, first, b, a);
+  return y;
+}
+
+at::Tensor activation_gradient(const at::Tensor& grad, const at::Tensor& signs, const ChainOptions& options) {
+  return options.activation == ChainActivation::leaky ? by_sign(grad, signs, options.slope)
+                                                      : exchange(grad, signs);
+}
+
+at::Tensor activation_inverse(const at::Tensor& output, const at::Tensor& signs,
+                              const ChainOptions& options) {
+  return options.activation == ChainActivation::leaky ? by_sign(output, signs, 1 / options.slope)
+                                                      : exchange(output, signs);
 }
 
 // --- residues --------------------------------------------------------------------------------------
@@ -121,8 +164,8 @@ at::Tensor flat(const at::Tensor& x) { return x.permute({0, 2, 3, 1}).reshape({x
 
 // The convolution's output from the layer's.
 at::Tensor before_norm(const at::Tensor& output, const KeptOfLayer& kept, const at::Tensor& scale,
-                       const at::Tensor& shift, double slope) {
-  at::Tensor x = by_sign(output, kept.signs, 1 / slope);
+                       const at::Tensor& shift, const ChainOptions& options) {
+  at::Tensor x = activation_inverse(output, kept.signs, options);
   const at::Tensor width = (scale * kept.deviation).reciprocal_();
   x.sub_(shift.view({1, -1, 1, 1})).mul_(width.view({1, -1, 1, 1})).add_(kept.mean.view({1, -1, 1, 1}));
   if (kept.hidden.defined()) x.index_copy_(1, kept.columns, kept.hidden);
@@ -146,12 +189,14 @@ at::Tensor rebuild(const at::Tensor& y, const at::Tensor& ring, const Geometry& 
 
 // The layer as the forward ran it, by the forward's statistics.
 at::Tensor again(const at::Tensor& x, const ChainTensors& tensors, size_t layer, const KeptOfLayer& kept,
-                 const Geometry& geometry, double slope) {
+                 const Geometry& geometry, const ChainOptions& options) {
   at::Tensor y = convolve(x, tensors.weights[layer], geometry);
   const at::Tensor width = tensors.scales[layer] * kept.deviation;
   y.sub_(kept.mean.view({1, -1, 1, 1})).mul_(width.view({1, -1, 1, 1}));
   y.add_(tensors.shifts[layer].view({1, -1, 1, 1}));
-  return by_sign(y, kept.signs, slope);
+  // By the forward's signs, wherever rounding leads.
+  return options.activation == ChainActivation::leaky ? by_sign(y, kept.signs, options.slope)
+                                                      : exchange(y, kept.signs);
 }
 
 }  // namespace
@@ -186,6 +231,8 @@ void check_chain(const at::Tensor& input, const ChainTensors& tensors, const Cha
                   toString(w.scalar_type()), " and ", toString(each.scalar_type()), " in layer ", i);
     }
   }
+  TORCH_CHECK(options.activation != ChainActivation::maxmin || channels % 2 == 0,
+              "reversible_chain: maxmin takes channels in pairs, got ", channels);
   TORCH_CHECK(options.slope > 0, "reversible_chain: slope must be above 0, or nothing can be rebuilt; got ",
               options.slope);
   for (const auto* list : {&options.anchors, &options.residues}) {
@@ -235,7 +282,7 @@ at::Tensor chain_forward(const at::Tensor& input, const ChainTensors& tensors, c
       layer.hidden = y.index_select(1, layer.columns);
     }
     y.reset();
-    std::tie(x, layer.signs) = leaky(n, options.slope, kept != nullptr);
+    std::tie(x, layer.signs) = activate(n, options, kept != nullptr);
     if (kept == nullptr) continue;
     layer.mean = batch_mean;
     layer.deviation = deviation;
@@ -261,8 +308,8 @@ ChainGradients chain_backward(const at::Tensor& grad, const at::Tensor& input, c
   for (int64_t i = layers - 1; i >= 0; --i) {
     const KeptOfLayer& layer = kept.layers[i];
     const at::Tensor &weight = tensors.weights[i], &scale = tensors.scales[i];
-    g = by_sign(g, layer.signs, options.slope);
-    const at::Tensor y = before_norm(z, layer, scale, tensors.shifts[i], options.slope);
+    g = activation_gradient(g, layer.signs, options);
+    const at::Tensor y = before_norm(z, layer, scale, tensors.shifts[i], options);
     z.reset();
     std::tie(g, result.scales[i], result.shifts[i]) =
         at::native_batch_norm_backward(g, y, scale, std::nullopt, std::nullopt, layer.mean, layer.deviation,
@@ -283,13 +330,14 @@ ChainGradients chain_backward(const at::Tensor& grad, const at::Tensor& input, c
       count(Inversion::rebuilt);
       measured[i] = probe_error(at::mm(flat(x), probes), layer.probes);
       // NaN where numbers were kept: the walk has overflowed.
-      if (!(measured[i] <= limit)) {
+      if (std::isnan(measured[i])) measured[i] = std::numeric_limits<double>::infinity();
+      if (measured[i] > limit) {
         count(Inversion::failed);
         int64_t from = i - 1;
         while (from > 0 && !kept.layers[from].input.defined()) --from;
         at::Tensor h = from == 0 ? input.contiguous(kLast) : kept.layers[from].input;
         for (int64_t k = from; k < i; ++k) {
-          h = again(h, tensors, k, kept.layers[k], geometry, options.slope);
+          h = again(h, tensors, k, kept.layers[k], geometry, options);
           if (k + 1 < i) known[k + 1] = h;
         }
         count(Inversion::repeated, i - from);
@@ -325,7 +373,7 @@ void plan_chain(const at::Tensor& samples, const ChainTensors& tensors, ChainOpt
       kept[i].hidden = y.index_select(1, kept[i].columns);
     }
     at::Tensor z;
-    std::tie(z, kept[i].signs) = leaky(n, options.slope, true);
+    std::tie(z, kept[i].signs) = activate(n, options, true);
     inputs.push_back(z);
   }
   at::Tensor z = inputs[layers];
@@ -334,8 +382,8 @@ void plan_chain(const at::Tensor& samples, const ChainTensors& tensors, ChainOpt
     const double size = inputs[i].norm().item<double>();
     at::Tensor x;
     const auto good = [&](const at::Tensor& from) {
-      x = rebuild(before_norm(from, kept[i], tensors.scales[i], tensors.shifts[i], options.slope),
-                  kept[i].ring, geometry, inverse);
+      x = rebuild(before_norm(from, kept[i], tensors.scales[i], tensors.shifts[i], options), kept[i].ring,
+                  geometry, inverse);
       return (x - inputs[i]).norm().item<double>() <= limit * size;
     };
     const bool fresh =

@@ -5,10 +5,14 @@
 #include <cstdint>
 #include <vector>
 
-/// A chain of layers leaky_relu(batch_norm(conv2d(x))) of equal width that is walked back from its output.
+/// A chain of layers activation(batch_norm(conv2d(x))) of equal width that is walked back from its output.
 namespace remnant::ops {
 
+/// leaky: the negative side times slope. maxmin: the larger and the smaller of channels c and c + C / 2.
+enum class ChainActivation { leaky, maxmin };
+
 struct ChainOptions {
+  ChainActivation activation = ChainActivation::leaky;
   double slope = 0.5, eps = 1e-5, momentum = 0.1;
   std::vector<int64_t> anchors;   ///< layers whose input is kept
   std::vector<int64_t> residues;  ///< layers of whose input the low 16 bits are kept (float64: 32)
