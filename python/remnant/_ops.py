@@ -452,6 +452,103 @@ def conv2d_inversion(
     return _ops.conv2d_inversion(weight, input_size, stride, padding, dilation, groups)
 
 
+def conv2d_inversion_error(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> tuple[float, float]:
+    """How well conv2d's policy "invert" rebuilds this very input.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as in conv2d; needs no gradient.
+
+    Returns:
+        (relative error of the rebuilt input, kept elements beside the output over those of the input); (0, 1) where
+        the input is kept.
+
+    Raises:
+        RuntimeError: as conv2d.
+    """
+    return _ops.conv2d_inversion_error(input, weight, bias, stride, padding, dilation, groups)
+
+
+def reversible_chain(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    running_means: Sequence[Tensor] = (),
+    running_vars: Sequence[Tensor] = (),
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "leaky",
+    slope: float = 0.5,
+    anchors: Sequence[int] = (),
+    residues: Sequence[int] = (),
+    errors: Tensor | None = None,
+) -> Tensor:
+    """activation(batch_norm(conv2d(x))) layer after layer, by batch statistics; the backward rebuilds each layer's input.
+
+    C++ has remnant::nn::ReversibleChain, which plans by itself. torch.compile does not trace it.
+
+    Args:
+        input: [N, C, H, W]; float32 or float64.
+        weights: one [C, C, kh, kw] a layer, odd kernels, zero padding that keeps the size, no bias.
+        norm_weights, norm_biases: one [C] a layer.
+        running_means, running_vars: one [C] a layer, updated in place; or none.
+        momentum, eps: of the norms.
+        activation: "leaky" (leaky_relu with slope) or "maxmin" (larger and smaller of channels c and c + C / 2).
+        slope: above 0.
+        anchors: layers whose input is kept.
+        residues: layers of whose input the low 16 bits are kept (float64: 32), which take an error away.
+        errors: [layers] float64 on the CPU: receives each rebuilt input's measured relative error, NaN for others.
+
+    Returns:
+        [N, C, H, W] in channels-last order.
+
+    Saves for backward: input, output; a layer: ring, signs, statistics, 4 numbers a sample; anchors, residues.
+
+    Raises:
+        RuntimeError: shapes, dtypes or options that do not fit, or a double backward.
+    """
+    return _ops.reversible_chain(
+        input, weights, norm_weights, norm_biases, running_means, running_vars, momentum, eps, slope, activation,
+        anchors, residues, errors,
+    )  # fmt: skip
+
+
+def reversible_chain_plan(
+    samples: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    *,
+    eps: float = 1e-5,
+    activation: str = "leaky",
+    slope: float = 0.5,
+    limit: float = 2e-4,
+) -> tuple[list[int], list[int]]:
+    """Anchors and residues for reversible_chain, by running it on some samples and walking it back.
+
+    Args:
+        samples: a few of a batch, [n, C, H, W].
+        weights, norm_weights, norm_biases, eps, activation, slope: as in reversible_chain.
+        limit: largest relative error of a rebuilt input.
+
+    Returns:
+        (anchors, residues)
+
+    Raises:
+        RuntimeError: as reversible_chain.
+    """
+    return _ops.reversible_chain_plan(samples, weights, norm_weights, norm_biases, eps, slope, activation, limit)
+
+
 def inversion_counters() -> dict[str, int]:
     """What rebuilding inputs did so far in this process.
 

@@ -9,6 +9,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/conv2d.h>
@@ -25,6 +26,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <sstream>
 
 namespace remnant {
@@ -233,9 +235,8 @@ at::Tensor signs_of(const at::Tensor& signs, int64_t first, int64_t count, int64
   return signs.narrow(0, first * each, count * each);
 }
 
-void require_right(double error, at::ScalarType type) {
-  if (std::isnan(error)) return;  // NaN or Inf in the output: the gradient shows it
-  if (error <= largest_error(type)) return;
+void require(bool right, double error, at::ScalarType type) {
+  if (right) return;
   count(Inversion::failed);
   TORCH_CHECK(false, "conv2d: the input that policy 'invert' rebuilt is off by ", error,
               " of its size, expected at most ", largest_error(type),
@@ -243,11 +244,23 @@ void require_right(double error, at::ScalarType type) {
               "backward, or use policy 'exact'");
 }
 
+void require_right(double error, at::ScalarType type) {
+  // NaN: the output has NaN or Inf, and the gradient shows it.
+  require(std::isnan(error) || error <= largest_error(type), error, type);
+}
+
+// Other directions than those whose coordinates were kept: another weight.
+void require_same(const at::Tensor& coordinates, int64_t wanted, at::ScalarType type) {
+  require((coordinates.defined() ? coordinates.size(1) : 0) == wanted,
+          std::numeric_limits<double>::infinity(), type);
+}
+
 std::array<at::Tensor, 3> pointwise_backward(const at::Tensor& grad, const at::Tensor& output,
                                              const KeptOfInput& kept, const at::Tensor& weight,
                                              const OptionalTensor& bias, const ConvGeometry& shape,
                                              bool least, std::array<bool, 3> needs) {
   const Pointwise map(weight, shape, least);
+  require_same(kept.coordinates, map.basis.defined() ? map.basis.size(0) : 0, weight.scalar_type());
   std::array<at::Tensor, 3> result = backward_by_samples(grad, weight, shape, {needs[0], false, needs[2]}, 1,
                                                          [](int64_t, int64_t) { return at::Tensor(); });
   const int64_t g = map.groups, samples = grad.size(0);
@@ -448,6 +461,7 @@ std::array<at::Tensor, 3> rebuilt_backward(const at::Tensor& grad_output, const 
     return pointwise_backward(grad_output, output, kept, weight, bias, shape, least, needs);
   }
   const Systems systems(weight, shape, !least);
+  require_same(kept.coordinates, systems.inverse.coordinates(), weight.scalar_type());
   at::Tensor signs;
   if (!least) {
     signs = probe_signs(shape.input[1] * shape.input[2] * shape.input[3], weight.options());
@@ -529,6 +543,33 @@ std::string inversion_op(const at::Tensor& weight, at::IntArrayRef input_size, a
   return text.str();
 }
 
+std::tuple<double, double> inversion_error_op(const at::Tensor& input, const at::Tensor& weight,
+                                              const OptionalTensor& bias, at::IntArrayRef stride,
+                                              at::IntArrayRef padding, at::IntArrayRef dilation,
+                                              int64_t groups) {
+  check(input, weight, bias, stride, padding, dilation, groups);
+  const at::NoGradGuard no_grad;
+  const at::Tensor y = at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+  const ConvGeometry shape{input.sizes().vec(), stride.vec(), padding.vec(), dilation.vec(), groups};
+  const KeptOfInput kept = keep_of_input(input, weight, bias, y, shape, false);
+  if (kept.input.defined()) return {0, 1};
+  int64_t elements = 0;
+  for (const at::Tensor& each : {kept.ring, kept.coordinates, kept.probes}) {
+    if (each.defined()) elements += each.numel();
+  }
+  const double share = static_cast<double>(elements) / static_cast<double>(input.numel());
+  at::Tensor rebuilt, wanted = input;
+  if (is_pointwise(weight)) {
+    const Pointwise map(weight, shape, false);
+    wanted = by_channel(map.of_input(input));
+    rebuilt = map.apply(by_channel(minus_bias(map.of_output(y), bias)));
+    if (kept.coordinates.defined()) rebuilt.addmm_(map.basis.t(), by_channel(kept.coordinates));
+  } else {
+    rebuilt = Systems(weight, shape, true).rebuild(minus_bias(y, bias), kept.ring, kept.coordinates);
+  }
+  return {(rebuilt - wanted).norm().item<double>() / wanted.norm().item<double>(), share};
+}
+
 std::vector<int64_t> counters_op() {
   return {counted(Inversion::rebuilt), counted(Inversion::kept), counted(Inversion::failed),
           counted(Inversion::repeated)};
@@ -546,6 +587,7 @@ TORCH_LIBRARY_FRAGMENT(remnant, m) {
   m.impl("conv2d_coded_backward", c10::DispatchKey::Meta, TORCH_FN(coded_backward_meta));
   m.impl("conv2d_rebuilt", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(rebuilt_forward));
   m.impl("conv2d_inversion", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(inversion_op));
+  m.impl("conv2d_inversion_error", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(inversion_error_op));
   m.impl("inversion_counters", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(counters_op));
   m.impl("reset_inversion_counters", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(reset_op));
 }

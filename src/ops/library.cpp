@@ -201,6 +201,11 @@ TORCH_LIBRARY(remnant, m) {
       "dilation=1, "
       "int groups=1) -> str",
       plain);
+  m.def(
+      "conv2d_inversion_error(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] "
+      "padding=0, "
+      "int[2] dilation=1, int groups=1) -> (float error, float kept)",
+      plain);
   m.def("inversion_counters() -> int[]", plain);
   m.def("reset_inversion_counters() -> ()", plain);
   m.def(
