@@ -1,11 +1,11 @@
 """Convolutions that rebuild their input: one layer, a deep plain chain, and chains of coupling blocks.
 
 invert: conv3x3 of He weights, zero padding, 16 channels, 32x32, batch 16.
-plain chain: 32 layers conv3x3 32->32, BatchNorm, leaky_relu 0.5, 32x32, batch 64, dirac-orthogonal weights, after 200 SGD
-steps on CIFAR-10 (REMNANT_DATA; without it on images drawn at random) between a small stem and head; maxmin in the
-place of leaky_relu as a second case. Eager runs out of place, contiguous and channels-last.
+plain chain: 32 layers conv3x3 32->32, BatchNorm, leaky_relu 0.5, 32x32, batch 64, dirac-orthogonal weights, after 200
+SGD steps on CIFAR-10 (REMNANT_DATA; without it on images drawn at random) between a small stem and head; as a second
+case with maxmin in the place of leaky_relu. Eager runs out of place, contiguous and channels-last.
 coupling: 32 channels, 32x32, batch 64, depths 8 and 64 (bench/conv_program.cpp).
-    kept_bytes      held for backward at the end of the forward, beyond parameters and inputs; residues and anchors counted
+    kept_bytes      held for backward at the end of the forward, beyond parameters and inputs
     peak_bytes      highest live bytes of a step, beyond parameters and inputs
     gradient_error  of all parameters together, relative to float64
 """
@@ -188,8 +188,9 @@ def plain_chain(activation, steps, repeats):
             if repeat > 0:  # the first warms up
                 times[name].append(taken)
     for name, each in times.items():
-        rows[name].update({"fwd_ms": statistics.median(f for f, _ in each), "bwd_ms": statistics.median(b for _, b in each),
-                           "step_ms": statistics.median(f + b for f, b in each)})  # fmt: skip
+        rows[name]["fwd_ms"] = statistics.median(f for f, _ in each)
+        rows[name]["bwd_ms"] = statistics.median(b for _, b in each)
+        rows[name]["step_ms"] = statistics.median(f + b for f, b in each)
 
     def ratio(other):
         """The median of ratios of neighbours in time, which share the machine's load."""

@@ -492,7 +492,7 @@ def reversible_chain(
     residues: Sequence[int] = (),
     errors: Tensor | None = None,
 ) -> Tensor:
-    """activation(batch_norm(conv2d(x))) layer after layer, by batch statistics; the backward rebuilds each layer's input.
+    """activation(batch_norm(conv2d(x))) layer after layer, in training; the backward rebuilds each layer's input.
 
     C++ has remnant::nn::ReversibleChain, which plans by itself. torch.compile does not trace it.
 

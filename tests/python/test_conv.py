@@ -130,7 +130,8 @@ def test_layouts_and_expanded_gradients(geometry, layout):
             x = torch.stack([x, x], -1)[..., 0]
     x.requires_grad_()
     want = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    for grad in (torch.randn(1, outputs, 1, 1, dtype=torch.float64).expand_as(want), torch.randn_like(want).mT.contiguous().mT):
+    expanded = torch.randn(1, outputs, 1, 1, dtype=torch.float64).expand_as(want)
+    for grad in (expanded, torch.randn_like(want).mT.contiguous().mT):
         plain = torch.autograd.grad(want, (x, weight, bias), grad, retain_graph=True)
         for policy in ("invert", "quantized:bits=8"):
             have = torch.autograd.grad(call(x, weight, bias, geometry, policy), (x, weight, bias), grad)
@@ -334,8 +335,11 @@ def chain_parameters(layers, width, dtype=torch.float64):
 def eager_chain(x, weights, scales, shifts, activation, slope=0.5):
     for weight, scale, shift in zip(weights, scales, shifts, strict=True):
         x = F.batch_norm(F.conv2d(x, weight, padding=weight.size(2) // 2), None, None, scale, shift, True)
-        a, b = x.chunk(2, 1)
-        x = F.leaky_relu(x, slope) if activation == "leaky" else torch.cat([torch.maximum(a, b), torch.minimum(a, b)], 1)
+        if activation == "leaky":
+            x = F.leaky_relu(x, slope)
+        else:
+            a, b = x.chunk(2, 1)
+            x = torch.cat([torch.maximum(a, b), torch.minimum(a, b)], 1)
     return x
 
 
