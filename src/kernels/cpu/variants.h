@@ -29,6 +29,10 @@
   void activation_backward(const Activation& problem, int64_t begin, int64_t end);                         \
   void encode(const LowBits& problem, int64_t begin, int64_t end);                                         \
   void decode(const LowBits& problem, int64_t begin, int64_t end);                                         \
+  void unit_moments(const ConvUnit& problem, int64_t begin, int64_t end, void* scratch);                   \
+  void unit_forward(const ConvUnit& problem, int64_t begin, int64_t end);                                  \
+  void unit_reduce(const ConvUnit& problem, int64_t begin, int64_t end, void* scratch);                    \
+  void unit_backward(const ConvUnit& problem, int64_t begin, int64_t end);                                 \
   }
 
 REMNANT_DECLARE_KERNELS(portable)
