@@ -173,6 +173,87 @@ def dropout_add(
     return _ops.dropout_add(input, residual, p, generator)
 
 
+def conv_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    norm: str = "batch",
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    memory: str = "exact",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """activation(norm(convolution(input, weight, bias)) + residual) as one unit that keeps one tensor, or its codes.
+
+    Args:
+        input: [N, C_in, L], [N, C_in, H, W] or [N, C_in, D, H, W], contiguous or channels-last.
+        weight: [C_out, C_in / groups, kernel...], input's dtype.
+        bias: [C_out] or None.
+        norm_weight: [C_out] or None; input's dtype, or float32 beside a half type.
+        norm_bias: as norm_weight.
+        running_mean: [C_out] or None; in training updated once, in the forward.
+        running_var: as running_mean.
+        residual: the output's shape and dtype, added before the activation, or None.
+        stride: one number, or one for each spatial dimension; padding and dilation as well.
+        groups: of the convolution.
+        norm: "batch", "group:groups=8" or "none".
+        training: batch norm takes the batch's statistics, else the running ones as constants.
+        momentum: of the running statistics.
+        eps: added to the variance.
+        activation: "relu", "leaky:slope=0.01", "silu" or "identity".
+        memory: "eager", "exact", or "unbiased:bits=8", 4 or 2.
+        generator: source of the codes' rounding; the default generator when None.
+
+    Returns:
+        The output in input's dtype and memory format.
+
+    Saves for backward: under "exact" the sum before the activation, or the output where that gives the sum back;
+    the next unit keeps the same storage instead of its input. Under "unbiased" codes of the normalised values,
+    with a residual also of the sum; weight's gradient is unbiased, input's has a second-order bias. Under "eager"
+    and torch.compile what PyTorch keeps.
+
+    Raises:
+        RuntimeError: shapes, dtypes, settings that do not fit, or a double backward of another memory than "eager".
+    """
+
+    def numbers(x: int | Sequence[int]) -> list[int]:
+        return [x] if isinstance(x, int) else list(x)
+
+    return _ops.conv_norm_act(
+        input,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        running_mean,
+        running_var,
+        residual,
+        numbers(stride),
+        numbers(padding),
+        numbers(dilation),
+        groups,
+        norm,
+        training,
+        momentum,
+        eps,
+        activation,
+        memory,
+        generator,
+    )
+
+
 def layer_norm(
     input: Tensor,
     weight: Tensor | None = None,

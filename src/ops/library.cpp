@@ -170,6 +170,13 @@ TORCH_LIBRARY(remnant, m) {
       "columns, "
       "int bits, bool[3] needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
       plain);
+  m.def(
+      "conv_norm_act(Tensor input, Tensor weight, Tensor? bias=None, Tensor? norm_weight=None, Tensor? "
+      "norm_bias=None, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor? residual=None, "
+      "int[] stride=[1], int[] padding=[0], int[] dilation=[1], int groups=1, str norm='batch', bool "
+      "training=True, float momentum=0.1, float eps=1e-05, str activation='relu', str memory='exact', "
+      "Generator? generator=None) -> Tensor",
+      random);
   m.def("linear_code_bytes(int elements, int bits) -> int", plain);
   m.def(
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor weight, Tensor? bias, Tensor "

@@ -65,12 +65,12 @@ REMNANT_ALWAYS_INLINE void unpack(const uint8_t* in, int64_t size, uint8_t* code
   }
 }
 
-template <bool kWhole, int kBits, typename S>
+template <bool kWhole, int kBits, bool kKinked, typename S>
 REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t* random, uint8_t* out,
                                         uint16_t* table) {
   using A = Wide<S>;
   using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  constexpr A levels = (1 << kBits) - 1;
+  constexpr A levels = kKinked ? (1 << (kBits - 1)) - 1 : (1 << kBits) - 1;
   const int64_t count = kWhole ? kCodeGroup : size;
   Vector<A> highest = broadcast(-std::numeric_limits<A>::infinity()), lowest = highest;  // of x and of -x
   Bits<A> wrong{};
@@ -83,17 +83,31 @@ REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t
     lowest = -v > lowest ? -v : lowest;
     wrong |= ~((v < A(0) ? -v : v) <= std::numeric_limits<A>::max());
   });
-  uint16_t minimum = 0, step = kNan;
-  A low = 0, inverse = 0;
-  if (bits_of<A>(wrong) == 0) {
+  uint16_t minimum = kKinked ? kNan : 0, step = kNan;
+  A low = 0, inverse = 0, inverse_below = 0;
+  const auto step_of = [](A range) __attribute__((always_inline)) {
+    const A exact = range / levels;
+    return narrow_outwards<true>(exact > 0 && exact < A(kLeastStep) ? A(kLeastStep) : exact);
+  };
+  const auto inverse_of = [](uint16_t bits) __attribute__((always_inline)) {
+    return bits == 0 ? A(0) : A(1) / widen_bfloat16(bits);
+  };
+  if (kKinked) {
+    const A above = std::max(highest_lane<A>(highest), A(0)), below = std::max(highest_lane<A>(lowest), A(0));
+    constexpr A most = static_cast<A>(std::numeric_limits<float>::max());
+    if (bits_of<A>(wrong) == 0 && above <= most && below <= most) {
+      step = step_of(above);
+      minimum = step_of(below);
+      inverse = inverse_of(step);
+      inverse_below = inverse_of(minimum);
+    }
+  } else if (bits_of<A>(wrong) == 0) {
     minimum = narrow_outwards<false>(-highest_lane<A>(lowest));
     low = widen_bfloat16(minimum);
     const A range = highest_lane<A>(highest) - low;
     if (range <= static_cast<A>(std::numeric_limits<float>::max())) {
-      A exact = range / levels;
-      exact = exact > 0 && exact < A(kLeastStep) ? A(kLeastStep) : exact;
-      step = narrow_outwards<true>(exact);
-      inverse = step == 0 ? A(0) : A(1) / widen_bfloat16(step);
+      step = step_of(range);
+      inverse = inverse_of(step);
     } else {
       low = 0;
     }
@@ -103,15 +117,18 @@ REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t
   // A byte's parts beyond a short group are 0.
   alignas(64) uint8_t codes[kWhole ? kCodeGroup : 2 * kCodeGroup + 8];
   if constexpr (!kWhole) std::memset(codes, 0, sizeof(codes));
-  if (inverse == 0) {
+  if (!kKinked && inverse == 0) {
     std::memset(codes, 0, static_cast<size_t>(count));
   } else {
     each_vector<A>(count, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       const Vector<A> u =
           __builtin_convertvector((Bits<A>)widen<A>(load_shorts<A>(random + j)), Vector<A>) * A(0x1p-16) +
           A(0x1p-17);
-      const Vector<A> level = (load_count(x + j, lanes) - low) * inverse + u;
-      const Bits<A> code = __builtin_convertvector(level < levels ? level : broadcast(levels), Bits<A>);
+      const Vector<A> v = load_count(x + j, lanes);
+      const Vector<A> level = kKinked ? v * (v > A(0) ? broadcast(inverse) : broadcast(-inverse_below)) + u
+                                      : (v - low) * inverse + u;
+      Bits<A> code = __builtin_convertvector(level < levels ? level : broadcast(levels), Bits<A>);
+      if constexpr (kKinked) code |= v > A(0) ? Bits<A>{} : Bits<A>{} + (Lane(1) << (kBits - 1));
       const auto bytes = __builtin_convertvector(code & static_cast<Lane>(255), typename BytesOf<A>::Type);
       if constexpr (std::is_same_v<decltype(lanes), int64_t>) {
         for (int64_t l = 0; l < lanes; ++l) codes[j + l] = bytes[l];
@@ -123,7 +140,7 @@ REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t
   pack<kWhole, kBits>(codes, count, out);
 }
 
-template <bool kWhole, int kBits, typename S>
+template <bool kWhole, int kBits, bool kKinked, typename S>
 REMNANT_ALWAYS_INLINE void decode_group(const uint8_t* in, const uint16_t* table, int64_t size, S* y) {
   using A = Wide<S>;
   const A low = widen_bfloat16(table[0]), step = widen_bfloat16(table[1]);
@@ -132,11 +149,17 @@ REMNANT_ALWAYS_INLINE void decode_group(const uint8_t* in, const uint16_t* table
   each_vector<A>(kWhole ? kCodeGroup : size, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
     const auto bytes = *reinterpret_cast<const typename BytesOf<A>::Loose*>(codes + j);
     const Bits<A> code = __builtin_convertvector((typename BytesOf<A>::Type)bytes, Bits<A>);
-    store_count(y + j, __builtin_convertvector(code, Vector<A>) * step + low, lanes);
+    if constexpr (kKinked) {
+      constexpr int sign = 1 << (kBits - 1);
+      const Vector<A> level = __builtin_convertvector(code & (sign - 1), Vector<A>);
+      store_count(y + j, level * ((code & sign) != 0 ? broadcast(-low) : broadcast(step)), lanes);
+    } else {
+      store_count(y + j, __builtin_convertvector(code, Vector<A>) * step + low, lanes);
+    }
   });
 }
 
-template <int kBits, typename S>
+template <int kBits, bool kKinked, typename S>
 void encode_elements(const LowBits& p, int64_t begin, int64_t end) {
   constexpr int64_t piece = 8 * kCodeGroup;
   uint16_t random[piece + kRandomSlack];
@@ -149,24 +172,24 @@ void encode_elements(const LowBits& p, int64_t begin, int64_t end) {
       uint8_t* const out = p.codes + e * kBits / 8;
       uint16_t* const table = p.table + e / kCodeGroup * 2;
       if (last - e >= kCodeGroup) {
-        encode_group<true, kBits>(x + e, kCodeGroup, bits + (e - first), out, table);
+        encode_group<true, kBits, kKinked>(x + (e - p.first), kCodeGroup, bits + (e - first), out, table);
       } else {
-        encode_group<false, kBits>(x + e, last - e, bits + (e - first), out, table);
+        encode_group<false, kBits, kKinked>(x + (e - p.first), last - e, bits + (e - first), out, table);
       }
     }
   }
 }
 
-template <int kBits, typename S>
+template <int kBits, bool kKinked, typename S>
 void decode_elements(const LowBits& p, int64_t begin, int64_t end) {
   auto* const y = static_cast<S*>(p.y);
   for (int64_t e = begin; e < end; e += kCodeGroup) {
     const uint8_t* const in = p.codes + e * kBits / 8;
     const uint16_t* const table = p.table + e / kCodeGroup * 2;
     if (end - e >= kCodeGroup) {
-      decode_group<true, kBits>(in, table, kCodeGroup, y + (e - p.first));
+      decode_group<true, kBits, kKinked>(in, table, kCodeGroup, y + (e - p.first));
     } else {
-      decode_group<false, kBits>(in, table, end - e, y + (e - p.first));
+      decode_group<false, kBits, kKinked>(in, table, end - e, y + (e - p.first));
     }
   }
 }
@@ -182,13 +205,19 @@ REMNANT_ALWAYS_INLINE void dispatch_bits(int64_t bits, F&& f) {
 
 void encode(const LowBits& p, int64_t begin, int64_t end) {
   dispatch_bits(p.bits, [&](auto bits) {
-    dispatch(p.element, [&](auto element) { encode_elements<bits(), decltype(element)>(p, begin, end); });
+    dispatch(p.element, [&](auto element) {
+      p.kinked ? encode_elements<bits(), true, decltype(element)>(p, begin, end)
+               : encode_elements<bits(), false, decltype(element)>(p, begin, end);
+    });
   });
 }
 
 void decode(const LowBits& p, int64_t begin, int64_t end) {
   dispatch_bits(p.bits, [&](auto bits) {
-    dispatch(p.element, [&](auto element) { decode_elements<bits(), decltype(element)>(p, begin, end); });
+    dispatch(p.element, [&](auto element) {
+      p.kinked ? decode_elements<bits(), true, decltype(element)>(p, begin, end)
+               : decode_elements<bits(), false, decltype(element)>(p, begin, end);
+    });
   });
 }
 

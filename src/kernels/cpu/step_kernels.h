@@ -113,17 +113,54 @@ constexpr int64_t code_bytes(int64_t size, int64_t bits) { return (size * bits +
 constexpr int64_t code_groups(int64_t size) { return (size + kCodeGroup - 1) / kCodeGroup; }
 // What rounding adds is (r + 0.5) / 65536, r the 16 bits of a flat tensor's element in the rounding stream.
 
+// kinked: a group has two steps instead, of the numbers below 0 and of those above, and a code is a sign (its
+// highest bit, set for what is not above 0) and a level of that side, 0 among them: signs are exact, what was
+// rounded to 0 keeps its own as -0 or +0, and each side is unbiased by itself.
+
 struct LowBits {
   Element element = Element::f32;
   int64_t size = 0;
   int64_t bits = 8;
   const void* x = nullptr;  // encode
-  void* y = nullptr;        // decode: element `first` and on
-  int64_t first = 0;
+  void* y = nullptr;        // decode
+  int64_t first = 0;        // x and y begin there
+  bool kinked = false;
   uint8_t* codes = nullptr;
   uint16_t* table = nullptr;
   Seed seed;
 };
+
+/// A convolution's output with what follows it, elementwise over flat memory:
+///   u = x scale + shift;  s = u factor + offset + residual;  y = s where s > 0, else slope s.
+/// Parameters are wide [sets, channels]: a set for all samples or one a sample. Null pointers: left out. The
+/// backward, with g = grad times the slope at s: grad_residual = g, grad_x = g of_grad + u of_u + constant.
+struct ConvUnit {
+  Element element = Element::f32;
+  bool planes = true;  // memory is [sample, channel, position], else [sample, position, channel]
+  int64_t channels = 0, positions = 0, sets = 1;
+  const void *scale = nullptr, *shift = nullptr, *factor = nullptr, *offset = nullptr;
+  double slope = 1;
+  const void* x = nullptr;  // element `input_first` and on
+  int64_t input_first = 0;
+  const void* residual = nullptr;
+  // Forward: written. Backward: read; without s it is made from u, without u it is s - residual.
+  void *u = nullptr, *s = nullptr;
+  int64_t kept_first = 0;  // where u and s begin
+  void* y = nullptr;
+  const void* grad = nullptr;
+  double inverse_slope = 1;   // s where it is above 0, else s times this, is the sum: for a kept output
+  double residual_slope = 1;  // the same: for a residual that is an activation's input
+  bool by_sign = false;       // s = +0 passes whole, as its code says
+  const void *of_grad = nullptr, *of_u = nullptr, *constant = nullptr;
+  void *grad_x = nullptr, *grad_residual = nullptr;
+  // [2][sets, channels], added to. Moments: of x - shift and its square. Reduction: of g and g u.
+  double* sums = nullptr;
+};
+
+/// Bytes of scratch that moments and reduction need.
+constexpr int64_t conv_unit_scratch_bytes(int64_t channels) {
+  return 2 * channels * static_cast<int64_t>(sizeof(double));
+}
 
 struct CpuKernels;
 struct StepKernels {
@@ -141,6 +178,11 @@ struct StepKernels {
   /// to[c][r] = from[r][c]; strides in elements.
   void (*transpose_floats)(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
                            int64_t to_stride);
+  /// Elements [begin, end).
+  void (*unit_moments)(const ConvUnit&, int64_t begin, int64_t end, void* scratch);
+  void (*unit_forward)(const ConvUnit&, int64_t begin, int64_t end);
+  void (*unit_reduce)(const ConvUnit&, int64_t begin, int64_t end, void* scratch);
+  void (*unit_backward)(const ConvUnit&, int64_t begin, int64_t end);
 };
 
 /// Of the instruction set of `chosen`.

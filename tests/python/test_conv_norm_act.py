@@ -1,0 +1,378 @@
+"""conv_norm_act against torch's separate operations: gradients, kept bytes, and codes whose bias is known."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_codes import kept
+from torch.library import opcheck
+
+import remnant
+
+CODED = ["unbiased:bits=8", "unbiased:bits=4", "unbiased:bits=2"]
+ACTIVATIONS = ["relu", "leaky:slope=0.2", "silu", "identity"]
+NORMS = ["batch", "group:groups=2", "none"]
+
+
+def activate(x, activation):
+    name, _, slope = activation.partition(":slope=")
+    return {
+        "relu": F.relu,
+        "leaky": lambda x: F.leaky_relu(x, float(slope or 0.01)),
+        "silu": F.silu,
+        "identity": lambda x: x,
+    }[name](x)
+
+
+def reference(x, w, bias=None, *, norm_weight=None, norm_bias=None, running_mean=None, running_var=None, residual=None,
+              norm="batch", training=True, momentum=0.1, eps=1e-5, activation="relu", **conv):  # fmt: skip
+    """torch's operations, one after the other."""
+    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
+    z = convolution(x, w, bias, **conv)
+    if norm == "batch":
+        z = F.batch_norm(z, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps)
+    elif norm != "none":
+        z = F.group_norm(z, int(norm.split("=")[1]), norm_weight, norm_bias, eps)
+    return activate(z if residual is None else z + residual, activation)
+
+
+def leaf(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def parameters(channels, dtype=torch.float64):
+    weight = (torch.rand(channels, dtype=dtype) + 0.5) * torch.where(torch.arange(channels) % 3 == 1, -1.0, 1.0)
+    return dict(
+        norm_weight=weight.to(dtype).requires_grad_(),
+        norm_bias=(torch.randn(channels, dtype=dtype) * 0.5).requires_grad_(),
+    )
+
+
+def gradients(y, tensors, grad):
+    return torch.autograd.grad(y, [t for t in tensors if t is not None], grad)
+
+
+def compare(function, tensors, tolerance=1e-10, grad=None):
+    """function(op) with our op and torch's: the same output and gradients."""
+    ours, want = function(remnant.conv_norm_act), function(reference)
+    torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
+    grad = torch.randn_like(want) if grad is None else grad(want)
+    for have, expected in zip(gradients(ours, tensors, grad), gradients(want, tensors, grad), strict=True):
+        assert have.dtype == expected.dtype
+        scale = float(expected.double().abs().max()) + 1e-30
+        torch.testing.assert_close(have / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_equals_torch(layout, norm, activation, with_residual):
+    x = torch.randn(3, 5, 9, 7, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    w, bias = leaf(6, 5, 3, 2), leaf(6)
+    residual = leaf(3, 6, 5, 6) if with_residual else None
+    p = {} if norm == "none" else parameters(6)
+
+    def function(op):
+        return op(x, w, bias, **p, residual=residual, norm=norm, activation=activation, stride=(2, 1), padding=(1, 0))
+
+    # bias's gradient is 0 before a batch norm: rounding apart, nothing to compare relatively.
+    compare(function, [x, w, *p.values(), residual], 1e-9)
+    assert function(remnant.conv_norm_act).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize(
+    "shape,kernel,conv",
+    [
+        ((2, 4, 11), (3,), dict(padding=1, stride=2)),
+        ((2, 4, 6, 6), (2, 2), dict()),
+        ((2, 4, 6, 5), (3, 3), dict(padding=2, dilation=2)),
+        ((2, 4, 6, 6), (3, 1), dict(groups=2, padding=(1, 0))),
+        ((2, 4, 6, 6), (3, 3), dict(groups=4, padding=1, stride=2)),
+        ((2, 4, 4, 5, 3), (2, 3, 1), dict(padding=(1, 1, 0), stride=(1, 2, 1))),
+    ],
+    ids=str,
+)
+def test_gradcheck(shape, kernel, conv):
+    x, w = leaf(*shape), leaf(8, shape[1] // conv.get("groups", 1), *kernel)
+    p = parameters(8)
+
+    def function(x, w, norm_weight, norm_bias):
+        return remnant.conv_norm_act(
+            x, w, norm_weight=norm_weight, norm_bias=norm_bias, activation="leaky:slope=0.3", eps=1e-2, **conv
+        )
+
+    assert torch.autograd.gradcheck(function, (x, w, *p.values()))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_residual_network(layout):
+    """Two blocks, where inputs and residuals are other units' outputs."""
+    x = torch.randn(4, 6, 8, 8, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    weights = [leaf(6, 6, 3, 3) for _ in range(4)]
+    ps = [parameters(6) for _ in range(4)]
+
+    def function(op):
+        y = op(x, weights[0], **ps[0], padding=1)
+        for i in (1, 2):
+            z = op(y, weights[i], **ps[i], padding=1)
+            y = op(z, weights[3], **ps[3], padding=1, residual=y)
+        return y.square()
+
+    compare(function, [x, *weights, *(t for p in ps for t in p.values())], 1e-9)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "leaky:slope=0.2", "identity"])
+def test_channels_that_hide_the_normalised_values(activation, with_residual):
+    x, w = leaf(3, 5, 6, 6), leaf(6, 5, 3, 3)
+    residual = leaf(3, 6, 6, 6) if with_residual else None
+    p = parameters(6)
+    with torch.no_grad():
+        p["norm_weight"][0] = 0
+        p["norm_weight"][2] = 1e-25
+        p["norm_bias"][3] = 400
+    compare(lambda op: op(x, w, **p, residual=residual, padding=1, activation=activation), [x, w, *p.values()], 1e-9)
+    with torch.no_grad():
+        p["norm_weight"].zero_()
+    compare(lambda op: op(x, w, **p, residual=residual, padding=1, activation=activation), [w, *p.values()], 1e-9)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_evaluation_and_frozen_norm(affine):
+    x, w = leaf(3, 5, 6, 6), leaf(6, 5, 3, 3)
+    p = parameters(6) if affine else {}
+    mean, var = torch.randn(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64) + 0.5
+    before = mean.clone(), var.clone()
+
+    def function(op):
+        return op(x, w, **p, running_mean=mean, running_var=var, training=False)
+
+    compare(function, [x, w, *p.values()], 1e-10)
+    assert torch.equal(mean, before[0]) and torch.equal(var, before[1])
+    size, _ = kept(lambda: remnant.conv_norm_act(x, w, running_mean=mean, running_var=var, training=False))
+    assert size == 3 * 6 * 16 * 8 + 2 * 6 * 8  # the output, whose sign is enough, and a scale
+
+
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4"])
+def test_running_statistics_are_updated_once(memory):
+    x, w = leaf(3, 5, 6, 6, dtype=torch.float32), leaf(6, 5, 3, 3, dtype=torch.float32)
+    ours, want = [(torch.zeros(6), torch.ones(6)) for _ in range(2)]
+    y = remnant.conv_norm_act(x, w, running_mean=ours[0], running_var=ours[1], momentum=0.3, memory=memory)
+    y.sum().backward()
+    reference(x, w, running_mean=want[0], running_var=want[1], momentum=0.3)
+    torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=8"])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 6e-2)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_other_dtypes(layout, dtype, tolerance, memory):
+    x = torch.randn(4, 16, 8, 8).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    w = (torch.randn(32, 16, 3, 3) * 0.1).to(dtype).requires_grad_()
+    p = parameters(32, torch.float32)
+    y = remnant.conv_norm_act(x, w, **p, padding=1, memory=memory)
+    wide = [t.detach().double().requires_grad_() for t in (x, w, *p.values())]
+    want = reference(wide[0], wide[1], norm_weight=wide[2], norm_bias=wide[3], padding=1)
+    assert y.dtype == dtype
+    grad = torch.randn_like(y)
+    tolerance = max(tolerance, 0.02) if memory != "exact" else tolerance
+    assert (y.double() - want).norm() <= tolerance * want.norm()
+    pairs = zip(gradients(y, (x, w, *p.values()), grad), gradients(want, wide, grad.double()), strict=True)
+    for have, expected in pairs:
+        assert (have.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("gradient", ["expanded", "strided"])
+def test_gradients_of_any_strides(gradient):
+    x, w = leaf(3, 5, 6, 6), leaf(6, 5, 3, 3)
+
+    def grad(y):
+        if gradient == "expanded":
+            return torch.randn(1, 6, 1, 1, dtype=y.dtype).expand_as(y)
+        return torch.randn(*reversed(y.shape), dtype=y.dtype).permute(3, 2, 1, 0)
+
+    for norm in ("batch", "none"):
+        compare(lambda op: op(x.transpose(2, 3), w, norm=norm), [x, w], 1e-9, grad)  # noqa: B023
+
+
+def units(x, weights, p, memory, generator=None):
+    y = remnant.conv_norm_act(x, weights[0], **p, padding=1, memory=memory, generator=generator)
+    for w in weights[1:]:
+        z = remnant.conv_norm_act(y, w, **p, padding=1, memory=memory, generator=generator)
+        y = remnant.conv_norm_act(z, w, **p, padding=1, residual=y, memory=memory, generator=generator)
+    return y
+
+
+def test_kept_bytes():
+    """One tensor a unit where torch keeps two; codes: one a unit, two where a residual comes in."""
+    x = torch.randn(8, 16, 8, 8)
+    weights = [leaf(16, 16, 3, 3, dtype=torch.float32) for _ in range(3)]
+    p = parameters(16, torch.float32)
+    size, _ = kept(lambda: units(x, weights, p, "exact"))
+    tensor, rows = x.numel() * 4, 4 * 16 * 8
+    assert size == 6 * tensor + 5 * rows  # 5 sums and x
+    for bits in (8, 4, 2):
+        size, _ = kept(lambda: units(x, weights, p, f"unbiased:bits={bits}"))  # noqa: B023
+        # 5 units: 2 residual ones with two codes, x's codes, and a factor and an offset a unit.
+        assert size == 8 * remnant.linear_code_bytes(x.numel(), bits) + 5 * (rows + 2 * 16 * 4)
+
+
+def test_an_output_outlives_its_sum_and_the_other_way_round():
+    x = leaf(2, 4, 6, 6)
+    weights = [leaf(4, 4, 3, 3) for _ in range(2)]
+    y = remnant.conv_norm_act(x, weights[0], padding=1)
+    detached = y.detach()
+    torch.autograd.grad(y.sum(), x)  # frees the sum
+    z = remnant.conv_norm_act(detached.requires_grad_(), weights[1], padding=1)
+    want = reference(detached, weights[1], padding=1)
+    have, expected = (torch.autograd.grad(t.square().sum(), weights[1])[0] for t in (z, want))
+    torch.testing.assert_close(have, expected)
+
+
+def test_a_changed_output_is_not_taken_for_the_old_one():
+    x = leaf(2, 4, 6, 6)
+    weights = [leaf(4, 4, 3, 3) for _ in range(2)]
+
+    def function(op):
+        y = op(x, weights[0], padding=1)
+        with torch.no_grad():
+            y.mul_(3)
+        return op(y, weights[1], padding=1, norm="none", activation="identity")
+
+    have, want = (torch.autograd.grad(function(op).sum(), weights[1])[0] for op in (remnant.conv_norm_act, reference))
+    torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4"])
+def test_second_backward_and_second_step(memory):
+    x, w = leaf(2, 4, 6, 6), leaf(4, 4, 3, 3)
+    p = parameters(4)
+
+    def step():
+        generator = torch.Generator().manual_seed(3)
+        return units(x, [w, w], p, memory, generator).square().sum()
+
+    loss = step()
+    inputs = (x, w, *p.values())
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    fresh = torch.autograd.grad(step(), inputs)
+    for a, b, c in zip(first, second, fresh, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    with pytest.raises(RuntimeError, match="no gradient of its gradient"):
+        torch.autograd.grad(step(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_reach_output_and_gradient(bad, memory):
+    x, w = leaf(2, 4, 6, 6, dtype=torch.float32), leaf(4, 4, 3, 3, dtype=torch.float32)
+    with torch.no_grad():
+        x[0, 0, 2, 2] = bad
+    y = remnant.conv_norm_act(x, w, memory=memory)
+    assert y.isnan().any()
+    for grad in torch.autograd.grad(y.sum(), (x, w)):
+        assert grad.isnan().any()
+
+
+def draws_of(function, inputs, want, draws):
+    grad = torch.randn_like(function())
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(want(), inputs, grad)])
+    samples = [torch.cat([g.flatten() for g in torch.autograd.grad(function(), inputs, grad)]) for _ in range(draws)]
+    return torch.stack(samples) - exact, exact
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_weight_gradients_are_unbiased(with_residual, activation, bits):
+    """Of the unit's norm parameters, and of a following convolution that reads the same codes."""
+    x, weights = leaf(4, 3, 8, 8), [leaf(6, 3, 3, 3), leaf(5, 6, 3, 3)]
+    residual = leaf(4, 6, 8, 8) if with_residual else None
+    p = parameters(6)
+    with torch.no_grad():
+        p["norm_weight"][3], p["norm_bias"][4] = 0, 30
+    memory = f"unbiased:bits={bits}"
+
+    def chain(op, **more):
+        y = op(x, weights[0], **p, padding=1, residual=residual, activation=activation, **more)
+        return op(y, weights[1], norm="none", activation="identity", **more)
+
+    inputs = (weights[1], *p.values())
+    errors, _ = draws_of(lambda: chain(remnant.conv_norm_act, memory=memory), inputs, lambda: chain(reference), 300)
+    # Each coordinate's mean in its own standard errors: one noisy channel must not speak for all of them.
+    noisy = errors.std(0) > 1e-9
+    assert noisy.sum() > 200
+    scores = errors.mean(0)[noisy] / errors.std(0)[noisy] * len(errors) ** 0.5
+    assert scores.square().mean() < 1.6 and scores.abs().max() < 5.5
+    assert errors.mean(0)[~noisy].abs().max() < 1e-6 if (~noisy).any() else True
+
+
+@pytest.mark.parametrize("bits,allowed", [(8, 1e-4), (4, 5e-3), (2, 5e-2)])
+def test_the_norms_bias_is_of_second_order(bits, allowed):
+    x, w = leaf(4, 3, 8, 8), leaf(6, 3, 3, 3)
+    p = parameters(6)
+    memory = f"unbiased:bits={bits}"
+    errors, exact = draws_of(
+        lambda: remnant.conv_norm_act(x, w, **p, padding=1, memory=memory),
+        (x, w),
+        lambda: reference(x, w, **p, padding=1),
+        400,
+    )
+    assert errors.mean(0).square().sum() < 1.5 * errors.var(0).sum() / len(errors) + (allowed * exact.norm()) ** 2
+
+
+def test_codes_survive_an_optimizer_step_between_forward_and_backward():
+    x, w = leaf(2, 4, 6, 6), leaf(4, 4, 3, 3)
+    p = parameters(4)
+    grads = []
+    for change in (False, True):
+        generator = torch.Generator().manual_seed(3)
+        y = remnant.conv_norm_act(x, w, **p, padding=1, memory="unbiased:bits=4", generator=generator)
+        z = remnant.conv_norm_act(y, w, norm="none", activation="identity", memory="unbiased:bits=4")
+        if change:
+            with torch.no_grad():
+                for t in p.values():
+                    t.add_(3)
+        grads.append(torch.autograd.grad(z.sum(), (x, w)))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_is_kept_without_a_gradient():
+    x, w = torch.randn(2, 4, 6, 6), leaf(4, 4, 3, 3, dtype=torch.float32)
+    with torch.no_grad():
+        assert remnant.conv_norm_act(x, w).grad_fn is None
+
+
+def test_a_zero_sum_has_the_gradient_that_torch_gives():
+    x, w = leaf(2, 4, 6, 6), leaf(4, 4, 3, 3)
+    p = dict(norm_weight=torch.zeros(4, dtype=x.dtype), norm_bias=torch.zeros(4, dtype=x.dtype, requires_grad=True))
+    for memory in ("exact", *CODED):
+        y = remnant.conv_norm_act(x, w, **p, memory=memory)
+        assert torch.autograd.grad(y.sum(), p["norm_bias"])[0].eq(0).all()
+
+
+def test_mistakes_are_named():
+    x, w = torch.randn(2, 4, 6, 6), torch.randn(6, 4, 3, 3)
+    for message, call in [
+        ("activation must be 'relu'", dict(activation="gelu")),
+        ("norm must be 'batch'", dict(norm="layer")),
+        ("norm_weight must be", dict(norm_weight=torch.ones(4))),
+        ("residual must have the output's shape", dict(residual=torch.ones(2, 6, 6, 6))),
+        ("needs running_mean", dict(training=False)),
+        ("expects 8 input channels", dict(groups=2)),
+        ("stride must have 1 or 2 numbers", dict(stride=(1, 2, 3))),
+        ("a budget is for", dict(memory="budget=60MB")),
+        ("must divide the output's channels", dict(norm="group:groups=4")),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            remnant.conv_norm_act(x, w, **call)
+
+
+@pytest.mark.parametrize("memory", ["exact", "eager"])
+def test_opcheck(memory):
+    x, w = leaf(2, 4, 6, 6, dtype=torch.float32), leaf(4, 4, 3, 3, dtype=torch.float32)
+    p = parameters(4, torch.float32)
+    arguments = (x, w, None, *p.values(), torch.zeros(4), torch.ones(4))
+    opcheck(torch.ops.remnant.conv_norm_act.default, arguments, dict(memory=memory, padding=[1]))
