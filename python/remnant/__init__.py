@@ -29,6 +29,7 @@ from remnant._ops import (
     softmax_approximation,
     softmax_input_from_output,
 )
+from remnant._sdpa import scaled_dot_product_attention
 
 __all__ = [
     "attention",
@@ -48,6 +49,7 @@ __all__ = [
     "multihead_attention",
     "relu",
     "rms_norm",
+    "scaled_dot_product_attention",
     "silu",
     "softmax_approximation",
     "softmax_input_from_output",
