@@ -7,6 +7,7 @@ Everything runs in libremnant.so, the library that C++ programs link; this packa
 its ops, which are also at torch.ops.remnant, Python signatures.
 """
 
+from remnant._compress import compress
 from remnant._library import library_path, version as __version__
 from remnant._ops import (
     attention,
@@ -35,6 +36,7 @@ __all__ = [
     "attention",
     "attention_packed",
     "attention_residual_bytes",
+    "compress",
     "dropout",
     "dropout_add",
     "dropout_add_layer_norm",
