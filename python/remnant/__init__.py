@@ -30,9 +30,12 @@ from remnant._ops import (
     softmax_approximation,
     softmax_input_from_output,
 )
+from remnant._report import Comparison, MemoryReport, memory_report
 from remnant._sdpa import scaled_dot_product_attention
 
 __all__ = [
+    "Comparison",
+    "MemoryReport",
     "attention",
     "attention_packed",
     "attention_residual_bytes",
@@ -48,6 +51,7 @@ __all__ = [
     "linear",
     "linear_code_bytes",
     "linear_cross_entropy",
+    "memory_report",
     "multihead_attention",
     "relu",
     "rms_norm",
