@@ -8,6 +8,7 @@ its ops, which are also at torch.ops.remnant, Python signatures.
 """
 
 from remnant import hf, nn
+from remnant._compress import compress
 from remnant._convert import Conversion, conversion, convert, revert
 from remnant._library import library_path, version as __version__
 from remnant._ops import (
@@ -40,13 +41,18 @@ from remnant._ops import (
     softmax_input_from_output,
 )
 from remnant._policy import Policy
+from remnant._report import Comparison, MemoryReport, memory_report
+from remnant._sdpa import scaled_dot_product_attention
 
 __all__ = [
+    "Comparison",
     "Conversion",
+    "MemoryReport",
     "Policy",
     "attention",
     "attention_packed",
     "attention_residual_bytes",
+    "compress",
     "conv2d",
     "conv2d_inversion",
     "conv2d_inversion_error",
@@ -66,6 +72,7 @@ __all__ = [
     "linear",
     "linear_code_bytes",
     "linear_cross_entropy",
+    "memory_report",
     "multihead_attention",
     "nn",
     "relu",
@@ -74,6 +81,7 @@ __all__ = [
     "reversible_chain_plan",
     "revert",
     "rms_norm",
+    "scaled_dot_product_attention",
     "silu",
     "softmax_approximation",
     "softmax_input_from_output",

@@ -767,8 +767,8 @@ class _SoftmaxApproximation:
 
     Args:
         energy: [..., n], any floating dtype.
-        mask: broadcastable to energy, boolean (True = keep), or None. Masked elements give 0, a fully
-            masked row gives 0 everywhere.
+        mask: broadcastable to energy, boolean (True = keep) or integer (0 = masked), or None. Masked
+            elements give 0, a fully masked row gives 0 everywhere.
         m: how many of the highest and of the lowest elements of a row are kept; >= 1.
         paper_text: follow the paper's text, which does not rescale a row to sum 1.
 
@@ -785,10 +785,13 @@ class _SoftmaxApproximation:
     """
 
     def __call__(self, energy: Tensor, mask: Tensor | None = None, m: int = 5, *, paper_text: bool = False) -> Tensor:
+        """softmax_approximation(energy, mask, m): see the class."""
+        if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool:
+            mask = mask != 0
         return _ops.softmax_approximation(energy, mask, m, paper_text)
 
     def apply(self, energy: Tensor, mask: Tensor | None = None, m: int = 5) -> Tensor:
-        """The same, in the spelling of torch.autograd.Function."""
+        """The same, in the spelling of torch.autograd.Function and of the paper's release."""
         return self(energy, mask, m)
 
     def __repr__(self) -> str:

@@ -1,5 +1,6 @@
 """softmax_approximation against the paper's equations, and the ten faults of the paper's release."""
 
+import copy
 import math
 
 import pytest
@@ -254,8 +255,48 @@ def test_backward_twice_and_double_backward():
 def test_release_spelling():
     energy = energies(3, 40)
     mask = torch.rand(3, 40) < 0.8
-    assert torch.equal(softmax_approximation.apply(energy, mask), softmax_approximation(energy, mask, 5))
+    want = softmax_approximation(energy, mask, 5)
+    for have in (
+        softmax_approximation(energy, mask),
+        softmax_approximation(energy, mask, m=5),
+        softmax_approximation.apply(energy, mask),
+        softmax_approximation.apply(energy, mask, m=5),
+    ):
+        assert torch.equal(have, want)
     assert torch.equal(softmax_approximation.apply(energy, None, 3), softmax_approximation(energy, None, 3))
+    assert "Saves for backward" in softmax_approximation.__doc__ and softmax_approximation.apply.__doc__
+    assert repr(copy.deepcopy(softmax_approximation)) == "remnant.softmax_approximation"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_masks_of_zeros_and_ones(dtype):
+    """The release compares its mask with 0, so that integers served as well."""
+    energy = energies(2, 3, 4, 40)
+    mask = torch.rand(2, 1, 1, 40) < 0.8
+    for call in (softmax_approximation, softmax_approximation.apply):
+        out = call(energy, mask.to(dtype) * 3, 4)
+        assert torch.equal(out, softmax_approximation(energy, mask, 4))
+        grad = torch.randn_like(out)
+        (have,) = torch.autograd.grad(out, energy, grad)
+        (want,) = torch.autograd.grad(softmax_approximation(energy, mask, 4), energy, grad)
+        assert torch.equal(have, want)
+
+
+def test_in_a_compiled_attention_of_the_release():
+    def attend(query, key, value, mask):
+        energy = query @ key.transpose(-2, -1) / math.sqrt(8)
+        return softmax_approximation.apply(energy, mask, 2) @ value
+
+    query, key, value = (torch.randn(2, 3, 20, 8, requires_grad=True) for _ in range(3))
+    mask = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    mask[1, ..., 15:] = False
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (attend, compiled):
+        out = function(query, key, value, mask)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (query, key, value))])
+    for have, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(have, want)
 
 
 def test_mistakes_are_named():
