@@ -387,6 +387,183 @@ def linear_code_bytes(elements: int, bits: int) -> int:
     return _ops.linear_code_bytes(elements, bits)
 
 
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    policy: str = "exact",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv2d with zero padding, and a choice of what is kept of its input.
+
+    Args:
+        input: [N, C, H, W]; float32, float64, bfloat16 or float16.
+        weight: [O, C / groups, kh, kw], input's dtype.
+        bias: [O] or None.
+        stride, padding, dilation, groups: as torch's, padding in numbers.
+        policy: what is kept of the input, for weight's gradient:
+            "exact": all of it, as torch does.
+            "quantized:bits=4": 8, 4 or 2 bits an element by stochastic rounding; unbiased.
+            "invert": the output and what it does not tell (the ring, coordinates of nearly singular directions); the
+                backward rebuilds the input and checks it. Exact up to rounding times conv2d_inversion's
+                amplification. Where that is not worth while the input is kept; conv2d_inversion says why.
+            "min_norm": as "invert" without those coordinates and without the check. BIASED: the weight never leaves the
+                directions that it sees at first.
+        generator: source of the rounding's seed; the device's default generator when None.
+
+    Returns:
+        [N, O, H', W'] in input's dtype.
+
+    Saves for backward: see policy; nothing of the input where weight needs no gradient.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, an unknown policy, a rebuilt input that fails its check, or a
+            double backward under any policy but "exact".
+    """
+    return _ops.conv2d(input, weight, bias, stride, padding, dilation, groups, policy, generator)
+
+
+def conv2d_inversion(
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> str:
+    """What conv2d's policy "invert" would do: what share of the input it keeps and its amplification, or why not.
+
+    Args:
+        weight: [O, C / groups, kh, kw].
+        input_size: [H, W].
+        stride, padding, dilation, groups: as in conv2d.
+
+    Returns:
+        "invert: keeps 0.129 of the input, amplification 9.2", or "exact: " and the reason.
+
+    Raises:
+        RuntimeError: shapes that do not fit.
+    """
+    return _ops.conv2d_inversion(weight, input_size, stride, padding, dilation, groups)
+
+
+def conv2d_inversion_error(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> tuple[float, float]:
+    """How well conv2d's policy "invert" rebuilds this very input.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as in conv2d; needs no gradient.
+
+    Returns:
+        (relative error of the rebuilt input, kept elements beside the output over those of the input); (0, 1) where
+        the input is kept.
+
+    Raises:
+        RuntimeError: as conv2d.
+    """
+    return _ops.conv2d_inversion_error(input, weight, bias, stride, padding, dilation, groups)
+
+
+def reversible_chain(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    running_means: Sequence[Tensor] = (),
+    running_vars: Sequence[Tensor] = (),
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "leaky",
+    slope: float = 0.5,
+    anchors: Sequence[int] = (),
+    residues: Sequence[int] = (),
+    errors: Tensor | None = None,
+) -> Tensor:
+    """activation(batch_norm(conv2d(x))) layer after layer, in training; the backward rebuilds each layer's input.
+
+    C++ has remnant::nn::ReversibleChain, which plans by itself. torch.compile does not trace it.
+
+    Args:
+        input: [N, C, H, W]; float32 or float64.
+        weights: one [C, C, kh, kw] a layer, odd kernels, zero padding that keeps the size, no bias.
+        norm_weights, norm_biases: one [C] a layer.
+        running_means, running_vars: one [C] a layer, updated in place; or none.
+        momentum, eps: of the norms.
+        activation: "leaky" (leaky_relu with slope) or "maxmin" (larger and smaller of channels c and c + C / 2).
+        slope: above 0.
+        anchors: layers whose input is kept.
+        residues: layers of whose input the low 16 bits are kept (float64: 32), which take an error away.
+        errors: [layers] float64 on the CPU: receives each rebuilt input's measured relative error, NaN for others.
+
+    Returns:
+        [N, C, H, W] in channels-last order.
+
+    Saves for backward: input, output; a layer: ring, signs, statistics, 4 numbers a sample; anchors, residues.
+
+    Raises:
+        RuntimeError: shapes, dtypes or options that do not fit, or a double backward.
+    """
+    return _ops.reversible_chain(
+        input, weights, norm_weights, norm_biases, running_means, running_vars, momentum, eps, slope, activation,
+        anchors, residues, errors,
+    )  # fmt: skip
+
+
+def reversible_chain_plan(
+    samples: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    *,
+    eps: float = 1e-5,
+    activation: str = "leaky",
+    slope: float = 0.5,
+    limit: float = 2e-4,
+) -> tuple[list[int], list[int]]:
+    """Anchors and residues for reversible_chain, by running it on some samples and walking it back.
+
+    Args:
+        samples: a few of a batch, [n, C, H, W].
+        weights, norm_weights, norm_biases, eps, activation, slope: as in reversible_chain.
+        limit: largest relative error of a rebuilt input.
+
+    Returns:
+        (anchors, residues)
+
+    Raises:
+        RuntimeError: as reversible_chain.
+    """
+    return _ops.reversible_chain_plan(samples, weights, norm_weights, norm_biases, eps, slope, activation, limit)
+
+
+def inversion_counters() -> dict[str, int]:
+    """What rebuilding inputs did so far in this process.
+
+    Returns:
+        "rebuilt": inputs rebuilt in a backward; "kept": inputs kept instead, by decision of the forward; "failed":
+        rebuilt inputs that failed their check; "repeated": layers whose forward ran again because of that.
+    """
+    return dict(zip(("rebuilt", "kept", "failed", "repeated"), _ops.inversion_counters(), strict=True))
+
+
+def reset_inversion_counters() -> None:
+    """Sets inversion_counters to 0."""
+    _ops.reset_inversion_counters()
+
+
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 

@@ -84,6 +84,27 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const Optio
   return op.call(x, lower(weight), lower(bias), policy, generator);
 }
 
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                  c10::string_view policy, const OptionalGenerator& generator) {
+  static const auto op = find<decltype(conv2d)>("remnant::conv2d");
+  const Below guard(kKey);
+  return op.call(lower(input), lower(weight), lower(bias), stride, padding, dilation, groups, policy,
+                 generator);
+}
+
+// Products in half precision leave nothing to rebuild an input from: float32, whatever comes in.
+at::Tensor reversible_chain(const at::Tensor& input, at::TensorList weights, at::TensorList scales,
+                            at::TensorList shifts, at::TensorList means, at::TensorList vars, double momentum,
+                            double eps, double slope, c10::string_view activation, at::IntArrayRef anchors,
+                            at::IntArrayRef residues, const OptionalTensor& errors) {
+  static const auto op = find<decltype(reversible_chain)>("remnant::reversible_chain");
+  const Below guard(kKey);
+  const at::Tensor x = input.scalar_type() == at::kDouble ? input : cast(at::kFloat, input);
+  return op.call(x, weights, scales, shifts, means, vars, momentum, eps, slope, activation, anchors, residues,
+                 errors);
+}
+
 at::Tensor feed_forward(const at::Tensor& input, const at::Tensor& weight1, const OptionalTensor& bias1,
                         const at::Tensor& weight2, const OptionalTensor& bias2, c10::string_view activation,
                         double dropout, const OptionalGenerator& generator) {
@@ -160,7 +181,9 @@ TORCH_LIBRARY_IMPL(remnant, AutocastCPU, m) {
   m.impl("attention_with_weights", TORCH_FN(attention_with_weights));
   m.impl("attention_coded", TORCH_FN(attention_coded));
   m.impl("attention_packed", TORCH_FN(attention_packed));
+  m.impl("conv2d", TORCH_FN(conv2d));
   m.impl("linear", TORCH_FN(linear));
+  m.impl("reversible_chain", TORCH_FN(reversible_chain));
   m.impl("feed_forward", TORCH_FN(feed_forward));
   m.impl("multihead_attention", TORCH_FN(multihead_attention));
   m.impl("linear_cross_entropy", TORCH_FN(linear_cross_entropy));

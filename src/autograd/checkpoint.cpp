@@ -1,7 +1,7 @@
 #include <remnant/checkpoint.h>
 
-#include <ATen/Context.h>
-#include <ATen/autocast_mode.h>
+#include "autograd/replay.h"
+
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <bit>
 #include <memory>
-#include <mutex>
 
 namespace remnant::detail {
 
@@ -19,20 +18,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-
-struct AutocastOf {
-  at::DeviceType device;
-  bool enabled;
-  at::ScalarType dtype;
-
-  static AutocastOf now(at::DeviceType device) {
-    return {device, at::autocast::is_autocast_enabled(device), at::autocast::get_autocast_dtype(device)};
-  }
-  void set() const {
-    at::autocast::set_autocast_enabled(device, enabled);
-    at::autocast::set_autocast_dtype(device, dtype);
-  }
-};
 
 /// What travels in the graph beside tensors.
 struct Closure {
@@ -48,65 +33,6 @@ struct Closure {
     for (const bool each : defined) all.push_back(each ? given[next++] : at::Tensor());
     return all;
   }
-};
-
-/// The CPU, and the devices of the inputs.
-std::vector<at::Device> devices_of(const std::vector<at::Tensor>& inputs) {
-  std::vector<at::Device> devices{at::Device(at::kCPU)};
-  for (const at::Tensor& x : inputs) {
-    if (x.device().is_cpu() || x.device().is_meta()) continue;
-    if (std::find(devices.begin(), devices.end(), x.device()) == devices.end()) devices.push_back(x.device());
-  }
-  return devices;
-}
-
-at::Tensor state_of(at::Generator& generator) {
-  const std::lock_guard<std::mutex> lock(generator.mutex());
-  return generator.get_state();
-}
-
-void set_state(at::Generator& generator, const at::Tensor& state) {
-  const std::lock_guard<std::mutex> lock(generator.mutex());
-  generator.set_state(state);
-}
-
-/// The generators as they were in the forward, until the end of the scope.
-class RandomState {
- public:
-  RandomState(std::vector<at::Generator>& generators, const variable_list& states) : generators_(generators) {
-    for (size_t i = 0; i < generators_.size(); ++i) {
-      before_.push_back(state_of(generators_[i]));
-      set_state(generators_[i], states[i]);
-    }
-  }
-  ~RandomState() {
-    for (size_t i = 0; i < generators_.size(); ++i) set_state(generators_[i], before_[i]);
-  }
-  RandomState(const RandomState&) = delete;
-  RandomState& operator=(const RandomState&) = delete;
-
- private:
-  std::vector<at::Generator>& generators_;
-  variable_list before_;
-};
-
-/// Autocast as it was in the forward, until the end of the scope.
-class AutocastState {
- public:
-  explicit AutocastState(const std::vector<AutocastOf>& states) {
-    for (const AutocastOf& state : states) {
-      before_.push_back(AutocastOf::now(state.device));
-      state.set();
-    }
-  }
-  ~AutocastState() {
-    for (const AutocastOf& state : before_) state.set();
-  }
-  AutocastState(const AutocastState&) = delete;
-  AutocastState& operator=(const AutocastState&) = delete;
-
- private:
-  std::vector<AutocastOf> before_;
 };
 
 struct CheckpointFunctionNode : torch::autograd::Function<CheckpointFunctionNode> {

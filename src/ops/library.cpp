@@ -176,4 +176,49 @@ TORCH_LIBRARY(remnant, m) {
       "target, int ignore_index, float label_smoothing, bool[3] needs) -> (Tensor grad_input, Tensor "
       "grad_weight, Tensor grad_bias)",
       plain);
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] "
+      "dilation=1, "
+      "int groups=1, str policy='exact', Generator? generator=None) -> Tensor",
+      random);
+  m.def(
+      "conv2d_coded(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] "
+      "dilation, "
+      "int groups, int bits, Generator? generator=None) -> Tensor",
+      random);
+  m.def(
+      "conv2d_coded_backward(Tensor grad_output, Tensor? codes, Tensor? table, Tensor weight, SymInt[] "
+      "input, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, int bits, bool[3] needs) -> (Tensor "
+      "grad_input, Tensor grad_weight, Tensor grad_bias)",
+      plain);
+  m.def(
+      "conv2d_rebuilt(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] "
+      "dilation, int groups, bool least) -> Tensor",
+      plain);
+  m.def(
+      "conv2d_inversion(Tensor weight, int[2] input_size, int[2] stride=1, int[2] padding=0, int[2] "
+      "dilation=1, "
+      "int groups=1) -> str",
+      plain);
+  m.def(
+      "conv2d_inversion_error(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] "
+      "padding=0, "
+      "int[2] dilation=1, int groups=1) -> (float error, float kept)",
+      plain);
+  m.def("inversion_counters() -> int[]", plain);
+  m.def("reset_inversion_counters() -> ()", plain);
+  m.def(
+      "reversible_chain(Tensor input, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, "
+      "Tensor(a!)[] "
+      "running_means, Tensor(b!)[] running_vars, float momentum=0.1, float eps=1e-05, float slope=0.5, str "
+      "activation='leaky', int[] "
+      "anchors=[], int[] residues=[], Tensor(c!)? errors=None) -> Tensor",
+      plain);
+  m.def(
+      "reversible_chain_plan(Tensor samples, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, "
+      "float "
+      "eps=1e-05, float slope=0.5, str activation='leaky', float limit=0.0002) -> (int[] anchors, int[] "
+      "residues)",
+      plain);
 }
