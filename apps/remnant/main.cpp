@@ -4,6 +4,7 @@
 #include "lm/command.h"
 #include "report/command.h"
 #include "translate/command.h"
+#include "vision/command.h"
 
 #include <c10/util/Exception.h>
 #include <CLI/CLI.hpp>
@@ -80,6 +81,7 @@ int main(int argc, char** argv) {
   remnant::app::translate::add_command(program, action);
   remnant::app::lm::add_command(program, action);
   remnant::app::classify::add_command(program, action);
+  remnant::app::vision::add_command(program, action);
   remnant::app::report::add_command(program, action);
   try {
     program.parse(argc, argv);

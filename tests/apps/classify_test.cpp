@@ -5,6 +5,7 @@
 
 #include "common/batches.h"
 #include "common/error.h"
+#include "files.h"
 
 #include <gtest/gtest.h>
 #include <torch/utils.h>
@@ -16,8 +17,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
-#include <functional>
 #include <set>
 #include <string>
 #include <vector>
@@ -59,39 +58,14 @@ std::vector<int64_t> first_rows(int64_t count) {
   return rows;
 }
 
-/// A folder of its own for each test.
-class ClassifyFiles : public testing::Test {
+class ClassifyFiles : public Files {
  protected:
-  void SetUp() override {
-    dir_ = fs::path(testing::TempDir()) /
-           (std::string("classify_") + testing::UnitTest::GetInstance()->current_test_info()->name());
-    fs::remove_all(dir_);
-    fs::create_directories(dir_);
-  }
-  void TearDown() override { fs::remove_all(dir_); }
-
-  fs::path write(const std::string& name, const std::string& content) const {
-    std::ofstream(dir_ / name, std::ios::binary) << content;
-    return dir_ / name;
-  }
-
-  static std::string message(const std::function<void()>& call) {
-    try {
-      call();
-    } catch (const Error& error) {
-      return error.what();
-    }
-    return "";
-  }
-
   static std::string numbered(int64_t count) {
     std::string lines;
     for (int64_t i = 0; i < count; ++i)
       lines += std::to_string(i % 2) + "\ttext number " + std::to_string(i) + "\n";
     return lines;
   }
-
-  fs::path dir_;
 };
 
 TEST(ClassifyModel, PaddingDoesNotChangeALabel) {

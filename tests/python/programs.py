@@ -67,3 +67,25 @@ def summary(run):
 
 def checkpoint_bytes(run):
     return {file.name: file.read_bytes() for file in sorted((run / "checkpoint").iterdir())}
+
+
+def check_signal_and_resume(program, number, code, folder, *arguments):
+    """A training stopped by the signal saves; resumed, it ends where one that nothing stopped does."""
+    run, straight = folder / "parts", folder / "straight"
+    process, errors = program.interrupted(number, run, *arguments)
+    assert process.returncode == code, errors
+    assert "interrupted: saved step" in errors and not (run / "summary.json").exists()
+    done = len(losses(run))
+    program("train", *arguments, "--out", run, "--resume")
+    program("train", *arguments, "--out", straight)
+    assert 3 <= done < len(losses(straight))
+    assert checkpoint_bytes(run) == checkpoint_bytes(straight)
+    assert losses(run) == losses(straight)
+
+
+def compared(program, flag, settings, out, *arguments):
+    """What compare.json says of a comparison, whose printed table has the same settings in order."""
+    result = program("compare", *arguments, "--out", out, *(word for each in settings for word in (flag, each)))
+    first = [line.split("  ")[0].strip() for line in result.stdout.splitlines() if "  " in line]
+    assert [word for word in first if word in settings] == settings
+    return json.loads((out / "compare.json").read_text())

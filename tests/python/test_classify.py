@@ -9,7 +9,9 @@ import subprocess
 
 import pytest
 
-from programs import TIMEOUT, Program, checkpoint_bytes, losses, metrics, steps, summary
+from programs import (
+    TIMEOUT, Program, check_signal_and_resume, checkpoint_bytes, compared, losses, metrics, steps, summary,
+)
 
 TINY = ["--hidden", "32", "--layers", "1", "--heads", "2", "--feed-forward", "64", "--batch-size", "16", "--threads", "1"]
 GENERATED = ["--data", "generated", "--texts", "200", *TINY]
@@ -136,15 +138,7 @@ def test_resume_equals_an_uninterrupted_run(classify, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_resume_goes_on(classify, tmp_path, number, code):
-    arguments = [*GENERATED, "--epochs", 4]
-    run = tmp_path / "parts"
-    process, errors = classify.interrupted(number, run, *arguments)
-    assert process.returncode == code, errors
-    assert "interrupted: saved step" in errors and not (run / "summary.json").exists()
-    classify("train", *arguments, "--out", run, "--resume")
-    classify("train", *arguments, "--out", tmp_path / "straight")
-    assert checkpoint_bytes(run) == checkpoint_bytes(tmp_path / "straight")
-    assert losses(run) == losses(tmp_path / "straight")
+    check_signal_and_resume(classify, number, code, tmp_path, *GENERATED, "--epochs", 4)
 
 
 def test_one_file_is_split(classify, tmp_path):
@@ -217,12 +211,8 @@ def test_damaged_runs(classify, tmp_path):
 
 
 def test_compare_prints_one_table(classify, tmp_path):
-    out = tmp_path / "runs"
-    result = classify("compare", *GENERATED, "--max-steps", 2, "--out", out, "--attention", "exact", "--attention",
-                      "curve:m=4")
-    table = [line.split() for line in result.stdout.splitlines() if re.match(r"(exact|curve:m=4)  .*\d", line)]
-    assert [row[0] for row in table] == ["exact", "curve:m=4"]
-    results = json.loads((out / "compare.json").read_text())
+    settings = ["exact", "curve:m=4"]
+    results = compared(classify, "--attention", settings, tmp_path / "runs", *GENERATED, "--max-steps", 2)
     assert results[0]["attention_residual_bytes"] > results[1]["attention_residual_bytes"]
     assert all("accuracy" in row for row in results)
 

@@ -9,7 +9,9 @@ import subprocess
 
 import pytest
 
-from programs import TIMEOUT, Program, checkpoint_bytes, losses, metrics, steps, summary
+from programs import (
+    TIMEOUT, Program, check_signal_and_resume, checkpoint_bytes, compared, losses, metrics, steps, summary,
+)
 
 TINY = ["--hidden", "32", "--layers", "1", "--heads", "2", "--feed-forward", "64", "--context", "32", "--threads", "1"]
 GENERATED = ["--data", "generated", "--sentences", "120", *TINY]
@@ -154,15 +156,7 @@ def test_memory_settings(lm, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_resume_goes_on(lm, tmp_path, number, code):
-    arguments = [*GENERATED, "--epochs", 6]
-    run = tmp_path / "parts"
-    process, errors = lm.interrupted(number, run, *arguments)
-    assert process.returncode == code, errors
-    assert "interrupted: saved step" in errors and not (run / "summary.json").exists()
-    lm("train", *arguments, "--out", run, "--resume")
-    lm("train", *arguments, "--out", tmp_path / "straight")
-    assert checkpoint_bytes(run) == checkpoint_bytes(tmp_path / "straight")
-    assert losses(run) == losses(tmp_path / "straight")
+    check_signal_and_resume(lm, number, code, tmp_path, *GENERATED, "--epochs", 6)
 
 
 def test_files_are_read_plain_and_compressed(lm, tmp_path):
@@ -238,11 +232,7 @@ def test_longest_context(lm, tmp_path):
 
 
 def test_compare_prints_one_table(lm, tmp_path):
-    out = tmp_path / "runs"
-    result = lm("compare", *GENERATED, "--max-steps", 3, "--out", out, "--attention", "exact", "--attention", "curve:m=4")
-    table = [line.split() for line in result.stdout.splitlines() if re.match(r"(exact|curve:m=4)  .*\d", line)]
-    assert [row[0] for row in table] == ["exact", "curve:m=4"]
-    results = json.loads((out / "compare.json").read_text())
+    results = compared(lm, "--attention", ["exact", "curve:m=4"], tmp_path / "runs", *GENERATED, "--max-steps", 3)
     assert results[0]["attention_residual_bytes"] > results[1]["attention_residual_bytes"]
     assert all("bits_per_character" in row for row in results)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from programs import TIMEOUT, Program, checkpoint_bytes, losses, metrics, steps
+from programs import TIMEOUT, Program, check_signal_and_resume, checkpoint_bytes, losses, metrics, steps
 
 TINY = ["--hidden", "32", "--layers", "1", "--heads", "2", "--feed-forward", "64", "--batch-size", "32",
         "--threads", "1"]
@@ -241,17 +241,7 @@ def test_accumulated_run_resumes_too(translate, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_resume_goes_on(translate, tmp_path, number, code):
-    arguments = [*CAPTIONS, "--epochs", 6]
-    run = tmp_path / "parts"
-    process, errors = translate.interrupted(number, run, *arguments)
-    assert process.returncode == code, errors
-    assert "interrupted: saved step" in errors
-    done = len(losses(run))
-    assert 3 <= done < 72 and not (run / "summary.json").exists()
-    translate("train", *arguments, "--out", run, "--resume")
-    translate("train", *arguments, "--out", tmp_path / "straight")
-    assert checkpoint_bytes(run) == checkpoint_bytes(tmp_path / "straight")
-    assert losses(run) == losses(tmp_path / "straight")
+    check_signal_and_resume(translate, number, code, tmp_path, *CAPTIONS, "--epochs", 6)
 
 
 def test_resume_refuses_another_configuration(translate, tmp_path):

@@ -36,13 +36,7 @@ int evaluate_run(const UseOptions& use) {
   std::cout << use.split << "  " << examples.size() << " texts, " << trained.labels.size() << " labels\n"
             << "accuracy " << format_fixed(scores.accuracy(), 4) << "\n"
             << "loss " << format_fixed(scores.loss, 4) << "\n\n";
-  std::vector<std::vector<std::string>> table{{"true \\ given"}};
-  table.front().insert(table.front().end(), trained.labels.begin(), trained.labels.end());
-  for (size_t i = 0; i < trained.labels.size(); ++i) {
-    table.push_back({trained.labels[i]});
-    for (const int64_t count : scores.confusion[i]) table.back().push_back(std::to_string(count));
-  }
-  print_table(table);
+  print_table(confusion_table(trained.labels, scores));
   return 0;
 }
 

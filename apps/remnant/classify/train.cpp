@@ -6,13 +6,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/log_softmax.h>
 #include <torch/utils.h>
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <numeric>
 #include <utility>
 
 namespace remnant::app::classify {
@@ -197,47 +194,25 @@ TrainOptions checked(TrainOptions options) {
     throw UsageError("--max-length should be at most " + std::to_string(kLongest) + ", got " +
                      std::to_string(options.max_length));
   }
-  check_shared(options);
+  check_transformer(options);
   options.data = absolute_data(options.data, "generated");
   return options;
-}
-
-double Scores::accuracy() const {
-  int64_t right = 0, all = 0;
-  for (size_t i = 0; i < confusion.size(); ++i) {
-    right += confusion[i][i];
-    all = std::accumulate(confusion[i].begin(), confusion[i].end(), all);
-  }
-  return static_cast<double>(right) / static_cast<double>(all);
 }
 
 Answers answer(ClassifierImpl& model, const Examples& examples, int64_t batch_size) {
   const at::NoGradGuard no_grad;
   model.eval();
-  Answers answers{std::vector<int64_t>(examples.size()), std::vector<double>(examples.size())};
-  double loss = 0;
+  Answers answers(examples.size());
   for (const std::vector<int64_t>& rows : sorted_batches(examples.texts, batch_size)) {
     stop_if_interrupted();
     const Batch batch = make_batch(examples, rows);
-    const Tensor log_p = at::log_softmax(model.forward(batch.ids, batch.padding).to(at::kDouble), -1);
-    const auto [best, label] = log_p.max(1);
-    for (size_t i = 0; i < rows.size(); ++i) {
-      const auto place = static_cast<int64_t>(i);
-      answers.labels[rows[i]] = label[place].item<int64_t>();
-      answers.probabilities[rows[i]] = std::exp(best[place].item<double>());
-    }
-    if (batch.labels.defined()) loss -= log_p.gather(1, batch.labels.unsqueeze(1)).sum().item<double>();
+    answers.add(rows, model.forward(batch.ids, batch.padding), batch.labels);
   }
-  answers.loss = loss / static_cast<double>(examples.size());
   return answers;
 }
 
 Scores evaluate(ClassifierImpl& model, const Examples& examples, int64_t label_count, int64_t batch_size) {
-  const Answers answers = answer(model, examples, batch_size);
-  Scores scores{answers.loss,
-                std::vector<std::vector<int64_t>>(label_count, std::vector<int64_t>(label_count, 0))};
-  for (int64_t i = 0; i < examples.size(); ++i) ++scores.confusion[examples.labels[i]][answers.labels[i]];
-  return scores;
+  return answer(model, examples, batch_size).scores(examples.labels, label_count);
 }
 
 TrainedModel load_model(const fs::path& path) {

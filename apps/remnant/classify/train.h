@@ -3,6 +3,7 @@
 #include "classify/data.h"
 #include "classify/model.h"
 #include "common/options.h"
+#include "common/scores.h"
 #include "common/trainer.h"
 
 #include <nlohmann/json.hpp>
@@ -14,7 +15,7 @@
 
 namespace remnant::app::classify {
 
-struct TrainOptions : TrainingOptions {
+struct TrainOptions : TransformerOptions {
   static constexpr const char* kProgram = "classify";
   TrainOptions() {
     hidden = 128;
@@ -46,19 +47,7 @@ void visit_options(Options& o, const Visit& visit) {
 /// UsageError on values that cannot be.
 TrainOptions checked(TrainOptions options);
 
-/// How a model labels texts.
-struct Scores {
-  double loss = 0;                              ///< mean cross-entropy a text
-  std::vector<std::vector<int64_t>> confusion;  ///< [true label][label given]
-  double accuracy() const;
-};
-
 /// The label of every text. Throws Interrupted once a signal came.
-struct Answers {
-  std::vector<int64_t> labels;
-  std::vector<double> probabilities;
-  double loss = 0;  ///< mean cross-entropy a text, where the examples have labels
-};
 Answers answer(ClassifierImpl& model, const Examples& examples, int64_t batch_size);
 
 /// Leaves the model in evaluation mode.

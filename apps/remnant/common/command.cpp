@@ -61,9 +61,10 @@ Column number_column(std::string title, const std::string& key, int digits) {
           }};
 }
 
-std::string folder_name(std::string policy) {
-  std::replace_if(policy.begin(), policy.end(), [](char c) { return c == ':' || c == '=' || c == ','; }, '-');
-  return policy;
+std::string folder_name(std::string setting) {
+  const auto joins = [](char c) { return c == ':' || c == '=' || c == ',' || c == '/'; };
+  std::replace_if(setting.begin(), setting.end(), joins, '-');
+  return setting;
 }
 
 void print_table(const std::vector<std::vector<std::string>>& rows) {
@@ -80,27 +81,34 @@ void print_table(const std::vector<std::vector<std::string>>& rows) {
   }
 }
 
-void print_comparison(const std::filesystem::path& out, const std::vector<ordered_json>& summaries,
-                      const std::vector<Column>& measures, const std::string& note) {
-  std::vector<std::vector<std::string>> table{{"attention"}};
-  for (const Column& column : measures) table.front().push_back(column.title);
-  for (const char* title : {"kept", "attention keeps", "peak", "step ms"}) table.front().push_back(title);
+void print_comparison(const std::filesystem::path& out, const std::string& compared,
+                      const std::vector<ordered_json>& summaries, const std::vector<Column>& measures,
+                      const std::string& note) {
+  const auto bytes_column = [](const char* title, const char* key) {
+    return Column{
+        title, [key](const ordered_json& summary) { return format_bytes(summary.at(key).get<int64_t>()); }};
+  };
+  const bool attention = summaries.front().contains("attention_residual_bytes");
+  std::vector<Column> columns = measures;
+  columns.push_back(bytes_column("kept", "kept_bytes"));
+  if (attention) columns.push_back(bytes_column("attention keeps", "attention_residual_bytes"));
+  columns.push_back(bytes_column("peak", "peak_bytes"));
+  columns.push_back(number_column("step ms", "step_ms_median", 1));
+  std::vector<std::vector<std::string>> table{{compared}};
+  for (const Column& column : columns) table.front().push_back(column.title);
   for (const ordered_json& summary : summaries) {
-    const auto bytes = [&](const char* key) { return format_bytes(summary.at(key).get<int64_t>()); };
-    std::vector<std::string> row{summary.at("attention").get<std::string>()};
-    for (const Column& column : measures) row.push_back(column.text(summary));
-    row.insert(row.end(), {bytes("kept_bytes"), bytes("attention_residual_bytes"), bytes("peak_bytes"),
-                           format_fixed(summary.at("step_ms_median").get<double>(), 1)});
-    table.push_back(std::move(row));
+    table.push_back({summary.at(compared).get<std::string>()});
+    for (const Column& column : columns) table.back().push_back(column.text(summary));
   }
   write_file_atomically(out / "compare.json", ordered_json(summaries).dump(2) + "\n");
   std::cout << "\n";
   print_table(table);
   std::cout << "\n"
             << note << "\n"
-            << "kept and peak: the largest step of the run, whole model; attention keeps: what the policy "
-               "adds to\n"
-               "q, k, v and the output, all layers, on the batch of memory.json\n";
+            << "kept and peak: the largest step of the run, whole model"
+            << (attention ? "; attention keeps: what the policy adds to\n"
+                            "q, k, v and the output, all layers, on the batch of memory.json\n"
+                          : "\n");
 }
 
 }  // namespace remnant::app

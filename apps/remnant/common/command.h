@@ -12,13 +12,11 @@
 #include <iostream>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 namespace remnant::app {
-
-inline constexpr const char* kPolicies =
-    "what attention keeps: exact, recompute, curve:m=4, quantized:bits=4, sampled:m=128, top:m=32";
 
 /// What the commands that use a trained run share.
 struct UseOptions {
@@ -38,10 +36,17 @@ void prepare(const UseOptions& use);
 using Answer = std::function<std::vector<std::string>(const std::vector<std::string>& lines)>;
 void answer_lines(int64_t ahead, const Answer& answer);
 
-/// All of a training's flags but --attention.
+/// All of a training's flags. Where there are `several`, the flag that compare takes several of fills them.
 template <typename Options>
-void add_train_flags(CLI::App& command, Options& options) {
+void add_train_flags(CLI::App& command, Options& options, std::vector<std::string>* several = nullptr) {
   visit_options(options, [&](const char* flag, auto& field, Resume, const char* help) {
+    if (several != nullptr && flag == std::string_view(Options::kCompared)) {
+      command.add_option(std::string("--") + flag, *several, std::string(help) + "; once for each")
+          ->required()
+          ->take_all()
+          ->allow_extra_args(false);
+      return;
+    }
     command.add_option(std::string("--") + flag, field, help)->capture_default_str();
   });
   command.get_option("--data")->required();
@@ -50,8 +55,8 @@ void add_train_flags(CLI::App& command, Options& options) {
   command.add_flag("--quiet", options.quiet, "results only, no progress");
 }
 
-/// A policy as a folder's name.
-std::string folder_name(std::string policy);
+/// A setting as a folder's name.
+std::string folder_name(std::string setting);
 
 /// Columns as wide as they need to be, the first to the left, the others to the right.
 void print_table(const std::vector<std::vector<std::string>>& rows);
@@ -73,27 +78,30 @@ struct Comparison {
   std::vector<Column> measures;
   /// A line about the measures, below the table.
   std::function<std::string(const nlohmann::ordered_json& summary)> note;
-  /// Prints what the trained models do on a few examples.
+  /// Prints what the trained models do on a few examples; may be empty.
   std::function<void(const std::vector<Options>& runs)> examples;
 };
 
-void print_comparison(const std::filesystem::path& out, const std::vector<nlohmann::ordered_json>& summaries,
+void print_comparison(const std::filesystem::path& out, const std::string& compared,
+                      const std::vector<nlohmann::ordered_json>& summaries,
                       const std::vector<Column>& measures, const std::string& note);
 
-/// Trains once with each policy, same seed, and prints one table.
+/// Trains once with each of several settings, same seed, and prints one table.
 template <typename Options>
-int compare(const Options& options, const std::vector<std::string>& policies,
+int compare(const Options& options, const std::vector<std::string>& settings,
             const Comparison<Options>& program) {
   namespace fs = std::filesystem;
   if (options.out.empty()) throw UsageError("--out is needed: the folder of the runs");
   std::vector<Options> runs;
-  for (const std::string& policy : policies) {
+  for (const std::string& setting : settings) {
     Options each = options;
-    each.attention = policy;
+    each.compared() = setting;
     each = program.checked(std::move(each));
-    each.out = (fs::path(options.out) / folder_name(each.attention)).string();
+    each.out = (fs::path(options.out) / folder_name(each.compared())).string();
     for (const Options& other : runs) {
-      if (other.attention == each.attention) throw UsageError("--attention " + policy + " is given twice");
+      if (other.out == each.out) {
+        throw UsageError(std::string("--") + Options::kCompared + " " + setting + " is given twice");
+      }
     }
     // Hours of training may lie between this and the folder's turn.
     if (!options.resume && fs::exists(fs::path(each.out) / "config.json")) {
@@ -102,12 +110,13 @@ int compare(const Options& options, const std::vector<std::string>& policies,
     runs.push_back(std::move(each));
   }
   std::vector<nlohmann::ordered_json> summaries;
-  for (const Options& run : runs) {
-    std::cout << "== " << run.attention << std::endl;
+  for (Options& run : runs) {
+    std::cout << "== " << run.compared() << std::endl;
     summaries.push_back(program.train(run));
   }
-  print_comparison(options.out, summaries, program.measures, program.note(summaries.front()));
-  program.examples(runs);
+  print_comparison(options.out, Options::kCompared, summaries, program.measures,
+                   program.note(summaries.front()));
+  if (program.examples) program.examples(runs);
   return 0;
 }
 
@@ -117,7 +126,7 @@ CLI::App* add_program(CLI::App& parent, std::function<int()>& action, const char
                       const Comparison<Options>& program) {
   struct Fields {
     Options train, compare;
-    std::vector<std::string> policies;
+    std::vector<std::string> settings;
   };
   const auto fields = std::make_shared<Fields>();
   CLI::App* command = parent.add_subcommand(Options::kProgram, help);
@@ -126,7 +135,6 @@ CLI::App* add_program(CLI::App& parent, std::function<int()>& action, const char
   command->option_defaults()->take_last();
 
   CLI::App* train_command = command->add_subcommand("train", "Train a model");
-  train_command->add_option("--attention", fields->train.attention, kPolicies)->capture_default_str();
   add_train_flags(*train_command, fields->train);
   train_command->callback([fields, program, &action] {
     action = [fields, program] {
@@ -136,14 +144,11 @@ CLI::App* add_program(CLI::App& parent, std::function<int()>& action, const char
   });
 
   CLI::App* compare_command =
-      command->add_subcommand("compare", "Train once with each policy, same seed, and print one table");
-  compare_command->add_option("--attention", fields->policies, std::string(kPolicies) + "; once for each")
-      ->required()
-      ->take_all()
-      ->allow_extra_args(false);
-  add_train_flags(*compare_command, fields->compare);
+      command->add_subcommand("compare", std::string("Train once with each --") + Options::kCompared +
+                                             ", same seed, and print one table");
+  add_train_flags(*compare_command, fields->compare, &fields->settings);
   compare_command->callback([fields, program, &action] {
-    action = [fields, program] { return compare(fields->compare, fields->policies, program); };
+    action = [fields, program] { return compare(fields->compare, fields->settings, program); };
   });
   return command;
 }

@@ -14,7 +14,7 @@ namespace remnant::app {
 
 using at::Tensor;
 
-EncoderOptions encoder_options(const TrainingOptions& options, int64_t words, int64_t positions) {
+EncoderOptions encoder_options(const TransformerOptions& options, int64_t words, int64_t positions) {
   return {.words = words,
           .positions = positions,
           .hidden = options.hidden,

@@ -21,7 +21,7 @@ struct EncoderOptions {
 };
 
 /// The model's part of a program's options.
-EncoderOptions encoder_options(const TrainingOptions& options, int64_t words, int64_t positions);
+EncoderOptions encoder_options(const TransformerOptions& options, int64_t words, int64_t positions);
 
 /// A pre-norm Transformer over words: token and learned position embeddings, layers with GELU, and a last
 /// normalisation. Weight matrices are drawn from a normal distribution of deviation 0.02, those that write

@@ -23,26 +23,28 @@ void require_at_least(const char* flag, int64_t value, int64_t least) {
 namespace {
 
 /// A setting in its usual spelling; a file as it is.
-void check_memory(TrainingOptions& options) {
-  if (options.memory == kAttentionAlone || options.memory.ends_with(".json")) return;
+void check_memory(TrainingOptions& options, const char* alone) {
+  if ((alone != nullptr && options.memory == alone) || options.memory.ends_with(".json")) return;
   try {
     options.memory = Memory::parse(options.memory).str();
   } catch (const c10::Error& error) {
-    throw UsageError(error.what_without_backtrace() + std::string("; or attention, or a file named .json"));
-  }
-  if (options.attention != Policy::recompute().str()) {
-    throw UsageError("--memory " + options.memory + " chooses for attention too; leave --attention " +
-                     options.attention + " out, or use --memory attention");
+    const std::string own = alone == nullptr ? "" : std::string(alone) + ", or ";
+    throw UsageError(error.what_without_backtrace() + std::string("; or ") + own + "a file named .json");
   }
 }
 
 }  // namespace
 
-void check_shared(TrainingOptions& options) {
-  require_at_least("hidden", options.hidden, 1);
-  require_at_least("layers", options.layers, 1);
-  require_at_least("heads", options.heads, 1);
-  require_at_least("feed-forward", options.feed_forward, 1);
+void require_one_of(const char* flag, const std::string& value, const std::vector<std::string>& choices) {
+  if (std::find(choices.begin(), choices.end(), value) != choices.end()) return;
+  std::string list;
+  for (size_t i = 0; i < choices.size(); ++i) {
+    list += (i == 0 ? "" : i + 1 == choices.size() ? " or " : ", ") + choices[i];
+  }
+  throw UsageError(std::string("--") + flag + " should be " + list + ", got '" + value + "'");
+}
+
+void check_shared(TrainingOptions& options, const char* alone) {
   require_at_least("batch-size", options.batch_size, 1);
   require_at_least("accumulate", options.accumulate, 1);
   require_at_least("seed", options.seed, 0);
@@ -51,30 +53,41 @@ void check_shared(TrainingOptions& options) {
   require_at_least("checkpoint-every", options.checkpoint_every, 0);
   require_at_least("fidelity-every", options.fidelity_every, 0);
   require_at_least("threads", options.threads, 0);
+  if (!(options.learning_rate > 0)) throw UsageError("--lr should be above 0");
+  if (!(options.clip >= 0)) throw UsageError("--clip should be at least 0");
+  require_one_of("precision", options.precision, {"fp32", "bf16"});
+  check_memory(options, alone);
+}
+
+void check_transformer(TransformerOptions& options) {
+  require_at_least("hidden", options.hidden, 1);
+  require_at_least("layers", options.layers, 1);
+  require_at_least("heads", options.heads, 1);
+  require_at_least("feed-forward", options.feed_forward, 1);
   if (options.hidden % options.heads != 0) {
     throw UsageError("--heads should divide --hidden, got " + std::to_string(options.heads) + " and " +
                      std::to_string(options.hidden));
   }
   if (!(options.dropout >= 0 && options.dropout < 1)) throw UsageError("--dropout should be in [0, 1)");
-  if (!(options.learning_rate > 0)) throw UsageError("--lr should be above 0");
-  if (!(options.clip > 0)) throw UsageError("--clip should be above 0");
-  if (options.precision != "fp32" && options.precision != "bf16") {
-    throw UsageError("--precision should be fp32 or bf16, got '" + options.precision + "'");
-  }
   try {
     options.attention = Policy::parse(options.attention).str();
   } catch (const c10::Error& error) {
     // The library's own words; the policy came from the command line.
     throw UsageError(error.what_without_backtrace());
   }
-  check_memory(options);
+  check_shared(options, kAttentionAlone);
+  if (options.memory != kAttentionAlone && !options.memory.ends_with(".json") &&
+      options.attention != Policy::recompute().str()) {
+    throw UsageError("--memory " + options.memory + " chooses for attention too; leave --attention " +
+                     options.attention + " out, or use --memory attention");
+  }
 }
 
 std::string absolute_data(const std::string& data, const std::string& generated) {
   return data == generated ? data : fs::absolute(data).lexically_normal().string();
 }
 
-int64_t attention_bytes(const TrainingOptions& options, int64_t examples, int64_t queries, int64_t keys) {
+int64_t attention_bytes(const TransformerOptions& options, int64_t examples, int64_t queries, int64_t keys) {
   const int64_t element = options.precision == "bf16" ? 2 : 4;
   return options.layers * attention_residual_bytes(Policy::parse(options.attention), examples * options.heads,
                                                    queries, keys, element, options.dropout > 0);
@@ -106,7 +119,7 @@ void require_same_data(const RunFolder& run, const TrainingOptions& options, con
   if (!options.resume || !fs::exists(run.path() / "config.json")) return;
   const ordered_json before = run.read_json("config.json");
   if (before.value("data_fingerprint", ordered_json()) == fingerprint) return;
-  throw Error("cannot resume " + run.path().string() + ": the text in " + options.data +
+  throw Error("cannot resume " + run.path().string() + ": the content of " + options.data +
               " is not the one that it was started with");
 }
 

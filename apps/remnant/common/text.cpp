@@ -94,8 +94,7 @@ std::string gunzip(const std::string& packed, const fs::path& file) {
 bool is_blank(UChar32 c) { return (U_GET_GC_MASK(c) & (U_GC_Z_MASK | U_GC_CC_MASK | U_GC_CF_MASK)) != 0; }
 
 std::string unpacked_bytes(const fs::path& file) {
-  std::string content = read_bytes(file);
-  if (is_gzip(content)) content = gunzip(content, file);
+  std::string content = read_unpacked(file);
   if (content.starts_with("\xef\xbb\xbf")) content.erase(0, 3);
   return content;
 }
@@ -258,6 +257,11 @@ std::string fingerprint(std::string_view bytes) {
   char text[17];
   std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
   return text;
+}
+
+std::string read_unpacked(const fs::path& file) {
+  std::string content = read_bytes(file);
+  return is_gzip(content) ? gunzip(content, file) : content;
 }
 
 std::string read_text(const fs::path& file) {

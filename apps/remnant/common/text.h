@@ -20,8 +20,10 @@ std::string printable_utf8(std::string_view text);
 /// 64-bit FNV-1a of the bytes, as hexadecimal digits.
 std::string fingerprint(std::string_view bytes);
 
-/// A plain or gzip file (recognised by content, not by name), without a byte-order mark. Throws Error:
-/// missing or unreadable file, truncated gzip, invalid UTF-8 (with the line number).
+/// The bytes of a plain or gzip file (recognised by content, not by name). Throws Error: missing or
+/// unreadable file, truncated gzip.
+std::string read_unpacked(const std::filesystem::path& file);
+/// The same as text, without a byte-order mark. Throws Error: invalid UTF-8 too (with the line number).
 std::string read_text(const std::filesystem::path& file);
 /// Its lines; "\r\n" ends a line like "\n".
 std::vector<std::string> read_lines(const std::filesystem::path& file);

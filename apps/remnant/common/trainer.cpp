@@ -1,6 +1,5 @@
 #include "common/trainer.h"
 
-#include "common/adam.h"
 #include "common/error.h"
 #include "common/random_state.h"
 #include "common/step_trace.h"
@@ -76,6 +75,7 @@ int64_t terms_of(const std::vector<Minibatch>& batches) {
 std::map<std::string, Tensor> tensors_of(const torch::nn::Module& model) {
   std::map<std::string, Tensor> tensors;
   for (const auto& item : model.named_parameters()) tensors[item.key()] = item.value().detach();
+  for (const auto& item : model.named_buffers()) tensors[item.key()] = item.value().detach();
   return tensors;
 }
 
@@ -141,7 +141,7 @@ class Trainer {
         run_(run),
         config_(config),
         started_(std::chrono::steady_clock::now()),
-        adam_(model_),
+        optimizer_(task.make_optimizer()),
         best_(task.none_yet()) {
     for (const auto& item : model_.named_parameters()) parameters_ += item.value().numel();
     recover_directory(run_.path() / "best");
@@ -214,6 +214,7 @@ class Trainer {
       }
     }
     const KeepRandomState keep;
+    const KeepBuffers keep_buffers(model_);
     const Minibatch largest = largest_batch();
     model_.train();
     try {
@@ -265,6 +266,7 @@ class Trainer {
   /// Layer by layer what a forward pass keeps.
   void write_memory() {
     const KeepRandomState keep;
+    const KeepBuffers keep_buffers(model_);
     const Probe probe = task_.probe();
     model_.train();
     const memory::Recorder recorder(&model_);
@@ -275,14 +277,16 @@ class Trainer {
     if (!json.is_object()) json = {{"rows", json}};
     json["batch"] = probe.shape;
     json["kept_bytes"] = report.kept_bytes;
-    json["attention_residual_bytes"] = probe.attention_residual_bytes;
+    if (probe.attention_residual_bytes.has_value()) {
+      json["attention_residual_bytes"] = *probe.attention_residual_bytes;
+    }
     run_.write_json("memory.json", json);
     if (!options_.quiet) {
       std::cerr << "a batch of " << probe.text << " keeps " << format_bytes(report.kept_bytes)
                 << " for backward";
       // Under a setting, layers decide for themselves what of attention is kept.
-      if (options_.memory == kAttentionAlone) {
-        std::cerr << ", of which attention's policy " << format_bytes(probe.attention_residual_bytes);
+      if (options_.memory == kAttentionAlone && probe.attention_residual_bytes.has_value()) {
+        std::cerr << ", of which attention's policy " << format_bytes(*probe.attention_residual_bytes);
       }
       std::cerr << "\n";
     }
@@ -300,7 +304,10 @@ class Trainer {
       while (position_ < total && !out_of_steps()) {
         const int64_t first = position_;
         position_ = std::min(first + options_.accumulate, total);
-        train_step(first, position_ - first, progress,
+        const double epochs =
+            static_cast<double>(epoch_) + static_cast<double>(first) / static_cast<double>(total);
+        const double rate = options_.learning_rate * task_.rate_factor(epochs);
+        train_step(first, position_ - first, rate, progress,
                    (position_ + options_.accumulate - 1) / options_.accumulate);
         if (Interrupt::requested()) {
           progress.clear();
@@ -314,12 +321,12 @@ class Trainer {
     save_checkpoint();
   }
 
-  void train_step(int64_t first, int64_t count, Progress& progress, int64_t step_of_epoch) {
+  void train_step(int64_t first, int64_t count, double rate, Progress& progress, int64_t step_of_epoch) {
     const std::vector<Minibatch> group = task_.batches(first, count);
     const bool checked = options_.fidelity_every > 0 && (step_ + 1) % options_.fidelity_every == 0;
     const Tensor random_before = checked ? random_state() : Tensor();
     auto start = std::chrono::steady_clock::now();
-    adam_.zero_gradients();
+    optimizer_->zero_gradients();
     // The first step also warms up, so the second replaces what it leaves.
     std::optional<StepTrace> trace;
     if (traces_left_ > 0 && !checked) {
@@ -334,13 +341,13 @@ class Trainer {
       start += std::chrono::steady_clock::now() - pause;  // the step's time is that without the check
     }
     if (trace.has_value()) trace->optimizer();
-    const double norm = adam_.clip(options_.clip);
+    const double norm = optimizer_->clip(options_.clip);
     if (!std::isfinite(cost.loss) || !std::isfinite(norm)) {
       progress.clear();
       throw Error("training diverged: loss or gradient is not finite at step " + std::to_string(step_ + 1) +
                   "; try a smaller --lr (the last checkpoint is kept)");
     }
-    adam_.step(options_.learning_rate);
+    optimizer_->step(rate);
     ++step_;
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     if (trace.has_value()) trace->write(run_, step_, cost.kept_bytes);
@@ -353,8 +360,8 @@ class Trainer {
                          {"epoch", epoch_ + 1},
                          {"seconds", elapsed()},
                          {"loss", cost.loss},
-                         {"lr", options_.learning_rate},
-                         {"tokens_per_second", speed},
+                         {"lr", rate},
+                         {task_.unit() + "_per_second", speed},
                          {"kept_bytes", cost.kept_bytes},
                          {"peak_bytes", cost.peak_bytes},
                          {"gradient_norm", norm},
@@ -369,12 +376,16 @@ class Trainer {
     records_.push_back(record);
     run_.append_metrics(line);
     events_->scalar("train/loss", cost.loss, step_);
-    events_->scalar("train/tokens_per_second", speed, step_);
+    events_->scalar("train/" + task_.unit() + "_per_second", speed, step_);
     events_->scalar("memory/kept_bytes", static_cast<double>(cost.kept_bytes), step_);
     events_->scalar("memory/peak_bytes", static_cast<double>(cost.peak_bytes), step_);
-    progress.update(step_of_epoch,
-                    {"loss " + format_fixed(cost.loss, 3), format_fixed(speed / 1e3, 1) + "k tokens/s",
-                     "kept " + format_bytes(cost.kept_bytes)});
+    progress.update(step_of_epoch, {"loss " + format_fixed(cost.loss, 3), format_speed(speed),
+                                    "kept " + format_bytes(cost.kept_bytes)});
+  }
+
+  std::string format_speed(double speed) const {
+    const std::string number = speed < 1e4 ? format_fixed(speed, 0) : format_fixed(speed / 1e3, 1) + "k";
+    return number + " " + task_.unit() + "/s";
   }
 
   void report(const Fidelity& fidelity, Progress& progress) {
@@ -436,7 +447,7 @@ class Trainer {
   void save_checkpoint() const {
     replace_directory_atomically(run_.path() / "checkpoint", [&](const fs::path& folder) {
       save_tensors(folder / "model.safetensors", tensors_of(model_));
-      std::map<std::string, Tensor> tensors = adam_.state();
+      std::map<std::string, Tensor> tensors = optimizer_->state();
       tensors["random.cpu"] = random_state();
       std::map<std::string, std::string> fields{{"step", std::to_string(step_)},
                                                 {"epoch", std::to_string(epoch_)},
@@ -452,9 +463,9 @@ class Trainer {
     const fs::path model_file = folder / "model.safetensors", training_file = folder / "training.safetensors";
     copy_tensors(load_tensors(model_file), tensors_of(model_), model_file);
     const LoadedTensors training = load_tensors(training_file);
-    std::map<std::string, Tensor> state = adam_.state();
+    std::map<std::string, Tensor> state = optimizer_->state();
     copy_tensors(training, state, training_file);
-    adam_.set_steps(state.at("adam.step"));
+    optimizer_->loaded();
     const auto random = training.tensors.find("random.cpu");
     if (random == training.tensors.end())
       throw Error(training_file.string() + " lacks the tensor random.cpu");
@@ -512,7 +523,7 @@ class Trainer {
     }
     const ordered_json memory = run_.read_json("memory.json");
     ordered_json summary;
-    summary["attention"] = options_.attention;
+    if (config_.contains("attention")) summary["attention"] = config_["attention"];
     summary.update(result.summary);
     summary["best_epoch"] = best_epoch_;
     summary["epochs"] = epoch_;
@@ -521,7 +532,9 @@ class Trainer {
     summary["kept_bytes"] = most_kept;
     summary["kept_bytes_median"] = static_cast<int64_t>(median(kept));
     summary["peak_bytes"] = peak;
-    summary["attention_residual_bytes"] = memory.value("attention_residual_bytes", int64_t{0});
+    if (memory.contains("attention_residual_bytes")) {
+      summary["attention_residual_bytes"] = memory["attention_residual_bytes"];
+    }
     summary["step_ms_median"] = median(milliseconds);
     if (gradient_error.has_value()) summary["gradient_error_worst"] = *gradient_error;
     if (added_variance.has_value()) summary["added_variance_worst"] = *added_variance;
@@ -543,7 +556,7 @@ class Trainer {
   std::chrono::steady_clock::time_point started_;
   double seconds_before_ = 0;
   int64_t parameters_ = 0;
-  Adam adam_;
+  std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<EventWriter> events_;
   std::vector<Record> records_;
   int traces_left_ = 0;                          ///< steps still to be traced
@@ -588,6 +601,17 @@ Fidelity check_gradients(torch::nn::Module& model, const std::vector<Minibatch>&
 ordered_json train(Task& task, const TrainingOptions& options, const RunFolder& run,
                    const ordered_json& config) {
   return Trainer(task, options, run, config).run();
+}
+
+std::unique_ptr<Optimizer> Task::make_optimizer() { return std::make_unique<Adam>(model()); }
+
+KeepBuffers::KeepBuffers(const torch::nn::Module& model) : buffers_(model.buffers()) {
+  for (const Tensor& buffer : buffers_) values_.push_back(buffer.clone());
+}
+
+KeepBuffers::~KeepBuffers() {
+  const at::NoGradGuard no_grad;
+  for (size_t i = 0; i < buffers_.size(); ++i) buffers_[i].copy_(values_[i]);
 }
 
 void load_best_model(const fs::path& run, torch::nn::Module& model) {

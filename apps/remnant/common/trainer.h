@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/fidelity.h"
+#include "common/optimizer.h"
 #include "common/options.h"
 #include "common/run_folder.h"
 
@@ -11,6 +12,8 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,9 +26,9 @@ namespace remnant::app {
 
 /// One batch, ready for the model.
 struct Minibatch {
-  int64_t terms = 0;                 ///< examples, or words, that count in the loss
-  int64_t tokens = 0;                ///< for the speed: all that the model reads or predicts, without padding
-  std::vector<at::Tensor> inputs;    ///< what the step would hold anyway
+  int64_t terms = 0;               ///< examples, or words, that count in the loss
+  int64_t tokens = 0;              ///< for the speed, in Task::unit(): all that the model sees, less padding
+  std::vector<at::Tensor> inputs;  ///< what the step would hold anyway
   std::function<at::Tensor()> loss;  ///< the forward pass: the loss summed over the terms
 };
 
@@ -61,7 +64,7 @@ struct Validation {
 
 /// The test of the best model.
 struct TestResult {
-  nlohmann::ordered_json summary;  ///< behind "attention" in summary.json
+  nlohmann::ordered_json summary;  ///< at the start of summary.json, behind the setting that compare compares
   nlohmann::ordered_json more;     ///< at its end
   std::string text;
 };
@@ -70,8 +73,8 @@ struct TestResult {
 struct Probe {
   Minibatch batch;
   nlohmann::ordered_json shape;
-  std::string text;  ///< "32 x 256 bytes"
-  int64_t attention_residual_bytes = 0;
+  std::string text;                                 ///< "32 x 256 bytes"
+  std::optional<int64_t> attention_residual_bytes;  ///< where the model has attention
 };
 
 /// What a program trains: its data, its model and its measures. Trainer does the rest.
@@ -79,6 +82,12 @@ class Task {
  public:
   virtual ~Task() = default;
   virtual torch::nn::Module& model() = 0;
+  /// Adam unless a program says otherwise.
+  virtual std::unique_ptr<Optimizer> make_optimizer();
+  /// What the learning rate is multiplied by once `epochs` passes over the data, and parts of one, are done.
+  virtual double rate_factor(double /*epochs*/) const { return 1; }
+  /// What the speed counts.
+  virtual std::string unit() const { return "tokens"; }
   /// Orders the batches of an epoch, a function of seed and epoch alone; returns how many there are.
   virtual int64_t start_epoch(int64_t epoch) = 0;
   /// `count` batches of the epoch from `first` on.
@@ -105,6 +114,19 @@ class Task {
 /// came.
 nlohmann::ordered_json train(Task& task, const TrainingOptions& options, const RunFolder& run,
                              const nlohmann::ordered_json& config);
+
+/// The running statistics of a model's normalisations, put back at the end: looking at a model in training
+/// does not change it.
+class KeepBuffers {
+ public:
+  explicit KeepBuffers(const torch::nn::Module& model);
+  ~KeepBuffers();
+  KeepBuffers(const KeepBuffers&) = delete;
+  KeepBuffers& operator=(const KeepBuffers&) = delete;
+
+ private:
+  std::vector<at::Tensor> buffers_, values_;
+};
 
 /// Copies the best model of a run into `model`, or, with a word on standard error, its latest checkpoint
 /// where no epoch is complete. Throws Error on a file that is missing, damaged or of another model.

@@ -173,7 +173,7 @@ TrainOptions checked(TrainOptions options) {
     throw UsageError("--context should be at most " + std::to_string(kLongestContext) + ", got " +
                      std::to_string(options.context));
   }
-  check_shared(options);
+  check_transformer(options);
   options.data = absolute_data(options.data, "generated");
   return options;
 }

@@ -14,7 +14,7 @@
 
 namespace remnant::app::lm {
 
-struct TrainOptions : TrainingOptions {
+struct TrainOptions : TransformerOptions {
   static constexpr const char* kProgram = "lm";
   TrainOptions() {
     layers = heads = 4;

@@ -217,7 +217,7 @@ TrainOptions checked(TrainOptions options) {
   require_at_least("pairs", options.pairs, 1);
   require_at_least("min-freq", options.min_frequency, 1);
   require_at_least("max-length", options.max_length, 3);
-  check_shared(options);
+  check_transformer(options);
   if (options.source == options.target) throw UsageError("--source and --target are the same language");
   options.data = absolute_data(options.data, "captions");
   return options;

@@ -15,7 +15,7 @@
 
 namespace remnant::app::translate {
 
-struct TrainOptions : TrainingOptions {
+struct TrainOptions : TransformerOptions {
   static constexpr const char* kProgram = "translate";
   std::string source = "de", target = "en";
   int64_t pairs = 20000, min_frequency = 2, max_length = 100;
