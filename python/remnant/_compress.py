@@ -6,7 +6,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 _ops = torch.ops.remnant
 
@@ -59,6 +60,10 @@ _LEAKY_RELUS = {F.leaky_relu, F.leaky_relu_}
 
 # Written in Python over ops of the list above.
 _COMPOSITES = {F.multi_head_attention_forward}
+
+_GATHER = 0x0102040810204080
+_COPIES = 0x0101010101010101
+_BIT_OF_EACH = 0x8040201008040201 - 2**64  # as a signed number
 
 _VIEWS = (
     "Alias", "AsStrided", "Clone", "Expand", "Narrow", "Permute", "ReshapeAlias", "Select", "Slice", "Split",
@@ -111,16 +116,18 @@ class _Bits:
     __slots__ = ("dtype", "high", "low", "parts")
 
     def __init__(self, flags: Tensor, dtype: torch.dtype, low: float, high: Tensor | float) -> None:
-        flat = flags.detach().flatten().to(torch.uint8)
-        flat = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-        weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flat.device)
-        self.parts: tuple[Any, ...] = ((flat * weights).sum(1, dtype=torch.uint8),)
+        flat = flags.detach().flatten().view(torch.uint8)
+        if flat.numel() % 8:
+            flat = F.pad(flat, (0, -flat.numel() % 8))
+        # Eight bytes of 0 or 1 as one number: the product gathers them in its highest byte.
+        self.parts: tuple[Any, ...] = (((flat.view(torch.int64) * _GATHER) >> 56).to(torch.uint8),)
         self.dtype, self.low, self.high = dtype, low, high
 
     def restore(self, parts: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
-        shifts = torch.arange(8, dtype=torch.uint8, device=parts[0].device)
-        flags = (parts[0].unsqueeze(1) >> shifts).bitwise_and_(1).flatten()[: shape.numel()].view(shape)
-        return torch.where(flags.bool(), self.high, self.low).to(self.dtype)
+        # Eight copies of a byte, each with the mask of its own bit.
+        spread = (parts[0].to(torch.int64) * _COPIES).bitwise_and_(_BIT_OF_EACH)
+        flags = spread.view(torch.uint8)[: shape.numel()].view(shape)
+        return flags.ne(0).to(self.dtype).mul_(self.high - self.low).add_(self.low)
 
 
 class _Shared:
@@ -252,6 +259,35 @@ def _outer_hooks() -> tuple[Callable, Callable] | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
+class _Eager:
+    """Makes compiled code run eagerly while any thread is in a context: what is compiled keeps what its compiler
+    chose, and there is nothing left to code. The stance is the process's, so the first sets it and the last ends it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._stance is None and "torch._dynamo" in sys.modules:
+                stance = torch.compiler.set_stance("force_eager")
+                stance.__enter__()
+                self._stance = stance
+            self._inside += 1
+
+    def exit(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_eager = _Eager()
+
+
 class compress(TorchFunctionMode):
     """with remnant.compress(bits=4): keeps what ops save for backward at a few bits, in any model.
 
@@ -271,7 +307,7 @@ class compress(TorchFunctionMode):
     integers), fewer than 1024 elements, what its maker keeps anyway (a softmax's output), and expanded views
     that are smaller than their codes. Under torch.utils.checkpoint nothing inside a checkpointed region is
     coded; it keeps nothing. Other saved-tensor hooks (torch.autograd.graph.save_on_cpu) get the codes. Of
-    nested contexts the innermost decides. What torch.compile has made runs eagerly inside; entering the context
+    nested contexts the innermost decides. What torch.compile has made runs eagerly meanwhile; entering the context
     inside of a compiled function is an error.
 
     Changing a tensor in place after it was saved fails in backward as in torch where it was left alone; a code
@@ -293,7 +329,6 @@ class compress(TorchFunctionMode):
         super().__init__()
         self.bits = int(bits)
         self.generator = generator
-        self._stances: list[Any] = []
 
     def __repr__(self) -> str:
         return f"remnant.compress(bits={self.bits})"
@@ -303,19 +338,16 @@ class compress(TorchFunctionMode):
                   "which then runs eagerly inside")
         if torch.compiler.is_compiling():
             raise RuntimeError(traced)
-        # What is compiled keeps what the compiler chose: there is nothing left to code.
         try:
-            stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-            stance.__enter__()
+            _eager.enter()
         except RuntimeError as error:  # compiled code that fell back to Python for this frame
             raise RuntimeError(traced) from error
-        self._stances.append(stance)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._stances.pop().__exit__(*error)
+        _eager.exit()
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -352,10 +384,11 @@ class compress(TorchFunctionMode):
         """What to make of a tensor that func saves; None for a func that is not on the lists."""
         if func in _PRODUCTS:
             first = _PRODUCTS[func]
-            factors = () if first is None else args[first : first + 2]
-            # Noise of a factor goes into the other's gradient. If that is a parameter's, it ends there, and
+            arguments = tree_leaves(args) if first is None else args[first : first + 2]
+            factors = [x for x in arguments if isinstance(x, Tensor)]
+            # Noise of a factor goes into the others' gradients. If those are parameters', it ends there, and
             # codes may be shared; if it goes on, products of two uses of one code would be biased.
-            ends = any(isinstance(x, Tensor) and _is_parameter(x) for x in factors)
+            ends = len(factors) > 1 and sum(not _is_parameter(x) for x in factors) <= 1
             return functools.partial(self._factor, ends)
         if func in _DROPOUTS:
             return _dropout_bits

@@ -239,6 +239,10 @@ def test_each_tensor_is_coded_once_and_freed():
         leave=weights,
     )
     assert size == code and len(_shared) == 1
+    with remnant.compress(4):
+        products = [torch.einsum("bi,oi->bo", h, w) for w in weights]
+        assert len(_shared) == 1
+    del products
     # Without other hooks around, a later context joins the living code; other places and bits have their own.
     with remnant.compress(4):
         first = F.linear(h, weights[0])
@@ -445,7 +449,8 @@ def test_under_autocast():
     have = torch.autograd.grad(y.float().sum(), model[1].weight)[0]
     want = torch.autograd.grad(model(x).sum(), model[1].weight)[0]
     assert have.dtype == torch.float32 and (have - want).norm() < 0.05 * want.norm()
-    size, _ = kept(lambda: model(x), remnant.compress(8), torch.autocast("cpu", torch.bfloat16), leave=[x, *model.parameters()])
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    size, _ = kept(lambda: model(x), remnant.compress(8), autocast, leave=[x, *model.parameters()])
     casts = model[1].weight.numel() * 2  # the first layer's is not kept: its input wants no gradient
     assert size == remnant.linear_code_bytes(32 * 64, 8) + casts + x.numel() * 2
 
@@ -465,10 +470,11 @@ def test_hooks_around_get_the_codes():
     want = torch.autograd.grad(F.linear(h, w).sum(), w)[0]
     assert (torch.autograd.grad(y.sum(), w)[0] - want).norm() < 0.02 * want.norm()
     moved = []
-    with saved_tensors_hooks(lambda t: moved.append(t.dtype) or t.double(), lambda t: t.to(torch.uint8)), \
-            remnant.compress(2):
-        F.relu(h)
+    elsewhere = saved_tensors_hooks(lambda t: moved.append(t.dtype) or t.double(), lambda t: t.to(torch.uint8))
+    with elsewhere, remnant.compress(2):
+        y = F.relu(h)
     assert moved == [torch.uint8]
+    assert torch.equal(torch.autograd.grad(y.sum(), h)[0], (h > 0).float())
 
 
 def test_compiled_code_runs_eagerly_inside():
@@ -477,6 +483,19 @@ def test_compiled_code_runs_eagerly_inside():
     size, y = kept(lambda: compiled(x), remnant.compress(4), leave=[x, *model.parameters()])
     assert size == remnant.linear_code_bytes(32 * 64, 4)
     y.sum().backward()
+    contexts = [remnant.compress(4), remnant.compress(8)]
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    with contexts[0], contexts[1]:
+        compiled(x)
+    assert not traced
+    compiled(x)
+    assert traced  # and compiled again afterwards
 
     def function(x):
         with remnant.compress(4):

@@ -115,7 +115,11 @@ def test_grouped_heads_are_not_repeated():
     for count in (2, 1):
         query, key, value = leaf(2, 8, 16, 8), leaf(2, count, 16, 8), leaf(2, count, 16, 8)
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x.detach(), lambda x: x):
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda x: saved.append(tuple(x.shape)) or x.detach(),  # noqa: B023
+            lambda x: x,
+        )
+        with hooks:
             ours(query, key, value, enable_gqa=count > 1)
         assert saved.count((2, count, 16, 8)) == 2 and (2, 8, 16, 8) in saved
 
