@@ -217,7 +217,9 @@ FrequencyInverse::FrequencyInverse(const FullConvolution& shape, const GridTrans
   // Coordinates are told apart by a threshold and a basis that must come out the same twice: in double.
   const auto type = tau > 0 ? at::kDouble : weight.scalar_type();
   const at::Tensor w = weight.to(type);
-  const at::Tensor by_tap = w.permute({2, 3, 0, 1}).reshape({taps, g * out * in});
+  const at::Tensor by_tap = w.permute({2, 3, 0, 1})
+                                .reshape({taps, g * out * in})
+                                .to(type == at::kDouble ? at::kComplexDouble : at::kComplexFloat);
   const double energy = w.square().sum(at::kDouble).item<double>();  // of all frequencies' mean, by Parseval
   const double rms = std::sqrt(energy / static_cast<double>(g * std::min(out, in)));
   const double bound = tau > 0 ? 1 / (tau * rms) : std::numeric_limits<double>::infinity();
@@ -236,9 +238,8 @@ FrequencyInverse::FrequencyInverse(const FullConvolution& shape, const GridTrans
     const at::Tensor angle = (vertical.narrow(0, row, rows).flip(1).view({rows, 1, -1, 1}) +
                               horizontal.flip(1).view({1, columns, 1, -1}))
                                  .reshape({rows * columns, taps});
-    const at::Tensor a =
-        at::complex(at::mm(angle.cos().to(type), by_tap), at::mm(angle.sin().neg_().to(type), by_tap))
-            .view({count, out, in});
+    const at::Tensor phase = at::complex(angle.cos(), angle.sin().neg_()).to(by_tap.scalar_type());
+    const at::Tensor a = at::mm(phase, by_tap).view({count, out, in});
     at::Tensor m, hard;
     if (out >= in) {
       const at::Tensor adjoint = a.mH();
@@ -268,7 +269,7 @@ FrequencyInverse::FrequencyInverse(const FullConvolution& shape, const GridTrans
         places.push_back(hard.index_select(0, system) + row * columns * g);
       }
     }
-    gain += at::view_as_real(m).square().sum(at::kDouble).item<double>();
+    if (tau > 0) gain += at::view_as_real(m).square().sum(at::kDouble).item<double>();
     const at::Tensor mt = at::view_as_real(m.mT());
     at::Tensor block = blocks_.narrow(0, row * columns * g, count);
     const at::Tensor re = mt.select(3, 0), im = mt.select(3, 1);

@@ -72,7 +72,7 @@ class FrequencyInverse {
   FrequencyInverse(const FullConvolution& shape, const GridTransform& transform,
                    const at::Tensor& unfolded_weight, double tau, bool keep_basis);
   /// Root mean square of the inverse's gain over white noise, relative to the convolution's own on white
-  /// input.
+  /// input; 0 where tau is.
   double amplification() const { return amplification_; }
   int64_t coordinates() const { return basis_.defined() ? basis_.size(0) : 0; }  ///< complex, a sample
   /// Of [n, positions, channels], zero outside of the positions: [n, coordinates(), 2].

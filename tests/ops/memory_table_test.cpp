@@ -3,6 +3,7 @@
 #include <remnant/memory.h>
 #include <remnant/ops/activation.h>
 #include <remnant/ops/attention.h>
+#include <remnant/ops/conv.h>
 #include <remnant/ops/dropout.h>
 #include <remnant/ops/dropout_add.h>
 #include <remnant/ops/linear.h>
@@ -184,6 +185,34 @@ TEST(MemoryTable, Linear) {
       EXPECT_EQ(memory::kept_bytes({remnant::linear(x.detach() * 3, w, b, policy)}), codes);
     }
   }
+}
+
+TEST(MemoryTable, Conv2d) {
+  const at::Tensor x = at::randn({4, 8, 20, 30}).requires_grad_();
+  const at::Tensor made = x * 2;
+  const at::Tensor b = at::randn({12}).requires_grad_();
+  // Tall, so that nothing but the ring is missing.
+  const at::Tensor w = at::randn({12, 8, 3, 3}).requires_grad_(),
+                   point = at::randn({12, 8, 1, 1}).requires_grad_();
+  const int64_t size = made.numel(), ring = 4 * 12 * (22 * 32 - 20 * 30), sums = 4 * 4, point_sums = 8 * 4;
+  const auto kept = [&](const at::Tensor& weight, const std::string& policy) {
+    const int64_t padding = weight.size(2) / 2;
+    const at::Tensor y = remnant::conv2d(made, weight, b, {1, 1}, {padding, padding}, {1, 1}, 1, policy);
+    return memory::kept_bytes({y}, {y});
+  };
+  EXPECT_EQ(kept(w, "exact"), size * 4);
+  for (const int64_t bits : {8, 4, 2}) {
+    EXPECT_EQ(kept(w, "quantized:bits=" + std::to_string(bits)), linear_code_bytes(size, bits));
+  }
+  EXPECT_EQ(kept(w, "invert"), (ring + sums) * 4);
+  EXPECT_EQ(kept(w, "min_norm"), ring * 4);
+  EXPECT_EQ(kept(point, "invert"), point_sums * 4);
+  EXPECT_EQ(kept(point, "min_norm"), 0);
+  // Four of twelve directions are lost on eight channels, and kept.
+  const at::Tensor wide = at::randn({8, 12, 1, 1}).requires_grad_();
+  const at::Tensor many = at::randn({4, 12, 20, 30}).requires_grad_() * 2;
+  const at::Tensor y = remnant::conv2d(many, wide, std::nullopt, {1, 1}, {0, 0}, {1, 1}, 1, "invert");
+  EXPECT_EQ(memory::kept_bytes({y}, {y}), (4 * 4 * 20 * 30 + 12 * 4) * 4);
 }
 
 TEST(MemoryTable, LinearCrossEntropy) {

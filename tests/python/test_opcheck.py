@@ -213,6 +213,29 @@ def test_linear(requires_grad):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
+def test_conv2d(requires_grad):
+    x = torch.randn(2, 4, 8, 9, requires_grad=requires_grad)
+    weight, bias = (torch.randn(*size, requires_grad=requires_grad) for size in ((6, 2, 3, 3), (6,)))
+    opcheck(ops.conv2d.default, (x, weight, bias, [1, 2], [1, 0], [1, 1], 2))
+    opcheck(ops.conv2d.default, (x, weight, bias, [1, 2], [1, 0], [1, 1], 2, "quantized:bits=4"), test_utils=UTILITIES)
+    arguments = (x, weight, None, [1, 1], [1, 1], [1, 1], 2)
+    opcheck(ops.conv2d_coded.default, (*arguments, 8), test_utils=UTILITIES)
+    x, weight = x.detach(), weight.detach()
+    codes, table = ops.encode(x, ops.draw_seed(x), 4)
+    for needs in ([True, True, True], [False, True, False], [True, False, False], [False, False, True]):
+        kept = (codes, table) if needs[1] else (None, None)
+        grad = torch.randn(2, 6, 8, 9)
+        opcheck(ops.conv2d_coded_backward.default, (grad, *kept, weight, x.shape, *arguments[3:], 4, needs))
+
+
+def test_compiled_conv2d():
+    """What rebuilds its input keeps it under torch.compile, where values cannot be read."""
+    x, weight = ((0.2 * torch.randn(4, 4, size, size)).requires_grad_() for size in (9, 3))
+    for policy in ("exact", "invert"):
+        compare_compiled(lambda x, w, p=policy: remnant.conv2d(x * 2, w, None, 1, 1, policy=p), x, weight, dynamic=False)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
 def test_ops_that_keep_codes(requires_grad):
     q = torch.randn(2, 2, 6, 8, requires_grad=requires_grad)
     mask = torch.randn(6, 6, requires_grad=requires_grad)

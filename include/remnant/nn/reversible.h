@@ -18,8 +18,7 @@ struct REMNANT_API ReversibleChainOptions {
   int64_t channels, layers;
   int64_t kernel_size = 3;  ///< odd; zero padding keeps the size
   /// "leaky", leaky_relu; or "maxmin": the larger and the smaller of channels c and c + channels / 2, in
-  /// their places. maxmin learns like leaky_relu at slope 0.2 and amplifies no error at all
-  /// (docs/convolution.md).
+  /// their places, which by itself amplifies no error (docs/convolution.md has what it learned in trial).
   std::string activation = "leaky";
   double slope = 0.5;  ///< of leaky_relu's negative side, above 0
   double eps = 1e-5, momentum = 0.1;
