@@ -10,6 +10,7 @@
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
@@ -83,6 +84,34 @@ void ReversibleChainImpl::set_plan(std::vector<int64_t> anchors, std::vector<int
   anchors_ = std::move(anchors);
   residues_ = std::move(residues);
   fixed_ = true;
+}
+
+// [forwards since the plan, anchors as flags, residues as flags, errors]
+Tensor ReversibleChainImpl::plan_state() const {
+  Tensor state = at::zeros({3 * options.layers + 1}, at::kDouble);
+  auto* out = state.mutable_data_ptr<double>();
+  *out++ = static_cast<double>(since_plan_);
+  for (const int64_t layer : anchors_) out[layer] = 1;
+  for (const int64_t layer : residues_) out[options.layers + layer] = 1;
+  state.narrow(0, 2 * options.layers + 1, options.layers).copy_(errors_);
+  return state;
+}
+
+void ReversibleChainImpl::set_plan_state(const Tensor& state) {
+  const int64_t size = 3 * options.layers + 1;
+  TORCH_CHECK(state.dim() == 1 && state.size(0) == size,
+              "remnant::nn::ReversibleChain: the state of its plan should have the shape [", size, "], got ",
+              state.sizes());
+  const Tensor values = state.detach().to(at::kCPU, at::kDouble).contiguous();
+  const auto* in = values.const_data_ptr<double>();
+  since_plan_ = static_cast<int64_t>(*in++);
+  anchors_.clear();
+  residues_.clear();
+  for (int64_t layer = 0; layer < options.layers; ++layer) {
+    if (in[layer] != 0) anchors_.push_back(layer);
+    if (in[options.layers + layer] != 0) residues_.push_back(layer);
+  }
+  errors_.copy_(values.narrow(0, 2 * options.layers + 1, options.layers));
 }
 
 void ReversibleChainImpl::plan(const Tensor& input) {

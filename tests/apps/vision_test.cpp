@@ -284,11 +284,16 @@ TEST(VisionOptions, MistakesAreUsageErrors) {
     EXPECT_THROW(checked(bad), UsageError);
   };
   refused([](TrainOptions& o) { o.model = "resnet19"; });
-  refused([](TrainOptions& o) { o.width = 0; });
+  refused([](TrainOptions& o) { o.width = -1; });
   refused([](TrainOptions& o) { o.images = 3; });
   refused([](TrainOptions& o) { o.schedule = "linear"; });
   refused([](TrainOptions& o) { o.layout = "nhwc"; });
   refused([](TrainOptions& o) { o.memory = "attention"; });
+  refused([](TrainOptions& o) { o.memory = "exact"; });
+  refused([](TrainOptions& o) { o.depth = 9; });
+  refused([](TrainOptions& o) { o.model = "chain", o.width = 15; });
+  refused([](TrainOptions& o) { o.model = "chain", o.memory = "unbiased:bits=4"; });
+  refused([](TrainOptions& o) { o.model = "reversible", o.depth = 2; });
   refused([](TrainOptions& o) { o.clip = -1; });
 }
 

@@ -145,6 +145,23 @@ def test_resume_equals_an_uninterrupted_run(vision, tmp_path):
     assert "its model is" in vision.fails(*arguments, "--model", "resnet14", "--resume", "--out", parts)
 
 
+@pytest.mark.parametrize("model", [["chain", "--depth", 4], ["reversible", "--depth", 3]])
+def test_models_that_rebuild_their_inputs(vision, tmp_path, model):
+    arguments = ["--data", "generated", "--images", 100, "--model", *model, "--width", 4, "--batch-size", 16, "--threads", 1]
+    eager, exact = compared(vision, "--memory", ["eager", "exact"], tmp_path / "runs", *arguments, "--epochs", 2)
+    assert exact["kept_bytes"] < 0.8 * eager["kept_bytes"]
+    curves = [losses(tmp_path / "runs" / name) for name in ("eager", "exact")]
+    assert curves[0] == pytest.approx(curves[1], rel=2e-2) and curves[0][0] == pytest.approx(curves[1][0], rel=1e-4)
+    # A run that is resumed rebuilds as one that never stopped: its default is exact.
+    vision("train", *arguments, "--epochs", 2, "--max-steps", 3, "--out", tmp_path / "parts")
+    vision("train", *arguments, "--epochs", 2, "--resume", "--out", tmp_path / "parts")
+    assert checkpoint_bytes(tmp_path / "parts")["model.safetensors"] == \
+        checkpoint_bytes(tmp_path / "runs" / "exact")["model.safetensors"]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "runs" / "exact")
+    message = vision.fails("train", *arguments, "--memory", "unbiased:bits=4", "--out", tmp_path / "x", code=2)
+    assert f"--memory of {model[0]} should be eager, exact" in message
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_resume_goes_on(vision, tmp_path, number, code):
     check_signal_and_resume(vision, number, code, tmp_path, *GENERATED, "--epochs", 6)
@@ -198,8 +215,11 @@ def test_changed_data_is_noticed_on_resume(vision, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    (["--model", "resnet21"], "--model should be resnetN with N = 6 n + 2"),
-    (["--model", "vgg"], "such as resnet20, got 'vgg'"),
+    (["--model", "resnet21"], "resnetN with N = 6 n + 2"),
+    (["--model", "vgg"], "such as resnet20; got 'vgg'"),
+    (["--depth", "3"], "--depth is for reversible and chain"),
+    (["--model", "chain", "--width", "3"], "--width of chain should be even, got 3"),
+    (["--memory", "exact"], "--memory of resnet8 should be eager, got exact"),
     (["--layout", "nchw"], "--layout should be channels-last or contiguous"),
     (["--schedule", "linear"], "--schedule should be cosine, step or constant"),
     (["--memory", "egaer"], "eager"),

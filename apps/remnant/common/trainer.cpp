@@ -448,6 +448,7 @@ class Trainer {
     replace_directory_atomically(run_.path() / "checkpoint", [&](const fs::path& folder) {
       save_tensors(folder / "model.safetensors", tensors_of(model_));
       std::map<std::string, Tensor> tensors = optimizer_->state();
+      tensors.merge(task_.state());
       tensors["random.cpu"] = random_state();
       std::map<std::string, std::string> fields{{"step", std::to_string(step_)},
                                                 {"epoch", std::to_string(epoch_)},
@@ -466,6 +467,9 @@ class Trainer {
     std::map<std::string, Tensor> state = optimizer_->state();
     copy_tensors(training, state, training_file);
     optimizer_->loaded();
+    state = task_.state();
+    copy_tensors(training, state, training_file);
+    task_.load_state(state);
     const auto random = training.tensors.find("random.cpu");
     if (random == training.tensors.end())
       throw Error(training_file.string() + " lacks the tensor random.cpu");

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -86,6 +87,10 @@ class Task {
   virtual std::unique_ptr<Optimizer> make_optimizer();
   /// What the learning rate is multiplied by once `epochs` passes over the data, and parts of one, are done.
   virtual double rate_factor(double /*epochs*/) const { return 1; }
+  /// What a checkpoint needs beyond parameters, buffers and the optimiser's state; loading copies into these
+  /// tensors and hands them to load_state().
+  virtual std::map<std::string, at::Tensor> state() { return {}; }
+  virtual void load_state(const std::map<std::string, at::Tensor>& /*state*/) {}
   /// What the speed counts.
   virtual std::string unit() const { return "tokens"; }
   /// Orders the batches of an epoch, a function of seed and epoch alone; returns how many there are.

@@ -6,12 +6,15 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Reduction.h>
-#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/cross_entropy_loss.h>
 
 #include <charconv>
 #include <optional>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 namespace remnant::app::vision {
 
@@ -36,56 +39,116 @@ std::optional<int64_t> resnet_layers(const std::string& model) {
 
 bool is_resnet(const std::string& model) { return resnet_layers(model).has_value(); }
 
-ConvNormReluImpl::ConvNormReluImpl(int64_t in, int64_t out, int64_t stride) {
+ConvNormImpl::ConvNormImpl(int64_t in, int64_t out, int64_t stride, bool relu) : relu_(relu) {
   conv_ = register_module(
       "conv", torch::nn::Conv2d(torch::nn::Conv2dOptions(in, out, 3).stride(stride).padding(1).bias(false)));
   norm_ = register_module("norm", torch::nn::BatchNorm2d(out));
+  torch::nn::init::kaiming_normal_(conv_->weight, 0, torch::kFanOut, torch::kReLU);
 }
 
-Tensor ConvNormReluImpl::forward(const Tensor& x, const Tensor& residual) {
+Tensor ConvNormImpl::forward(const Tensor& x, const Tensor& residual) {
   const memory::LayerScope scope(this);
-  const Tensor normal = norm_(conv_(x));
-  return (residual.defined() ? normal + residual : normal).relu();
+  Tensor y = norm_(conv_(x));
+  if (residual.defined()) y = y + residual;
+  return relu_ ? y.relu() : y;
 }
 
 ResidualBlockImpl::ResidualBlockImpl(int64_t in, int64_t out, int64_t stride)
     : stride_(stride), added_channels_(out - in) {
-  first_ = register_module("first", ConvNormRelu(in, out, stride));
-  second_ = register_module("second", ConvNormRelu(out, out, 1));
+  first_ = register_module("first", ConvNorm(in, out, stride));
+  second_ = register_module("second", ConvNorm(out, out, 1));
 }
 
 Tensor ResidualBlockImpl::forward(const Tensor& x) {
   Tensor shortcut = x;
   if (stride_ > 1) shortcut = shortcut.slice(2, {}, {}, stride_).slice(3, {}, {}, stride_);
   if (added_channels_ > 0) shortcut = at::constant_pad_nd(shortcut, {0, 0, 0, 0, 0, added_channels_});
-  return second_(first_(x), shortcut);
+  return second_->forward(first_(x), shortcut);
+}
+
+ChainImpl::ChainImpl(int64_t channels, int64_t layers) {
+  nn::ReversibleChainOptions options(channels, layers);
+  options.activation = "maxmin";
+  chain_ = register_module("chain", nn::ReversibleChain(options));
+}
+
+Tensor ChainImpl::forward(const Tensor& x) {
+  if (!eager()) return chain_(x);
+  const memory::LayerScope scope(chain_.get());
+  Tensor y = x;
+  for (const auto& layer : chain_->children()) y = layer->as<nn::ReversibleLayer>()->forward(y);
+  return y;
+}
+
+BranchImpl::BranchImpl(int64_t channels) {
+  first_ = register_module("first", ConvNorm(channels, channels, 1));
+  second_ = register_module("second", ConvNorm(channels, channels, 1, /*relu=*/false));
+}
+
+CouplingsImpl::CouplingsImpl(int64_t channels, int64_t blocks) {
+  const auto branch = [&] { return torch::nn::AnyModule(Branch(channels / 2)); };
+  std::vector<nn::Coupling> couplings;
+  for (int64_t i = 0; i < blocks; ++i) {
+    // One after the other: the order decides which weights each gets.
+    auto f = branch();
+    couplings.push_back(nn::additive_coupling(std::move(f), branch()));
+  }
+  blocks_ = register_module("blocks", nn::ReversibleSequence(std::move(couplings)));
+}
+
+Tensor CouplingsImpl::forward(const Tensor& x) {
+  if (!eager()) return blocks_(x);
+  Tensor first = x.chunk(2, 1)[0], second = x.chunk(2, 1)[1];
+  for (const auto& child : blocks_->children()) {
+    auto& coupling = *child->as<nn::Coupling>();
+    first = first + coupling.f.forward(second);
+    second = second + coupling.g.forward(first);
+  }
+  return at::cat({first, second}, 1);
 }
 
 ClassifierImpl::ClassifierImpl(const ModelOptions& options) {
   const auto layers = resnet_layers(options.model);
-  TORCH_CHECK(layers.has_value(), "no model is called ", options.model);
-  stem_ = register_module("stem", ConvNormRelu(3, options.width, 1));
-  blocks_ = register_module("blocks", torch::nn::ModuleList());
+  TORCH_CHECK(layers.has_value() || options.model == "chain" || options.model == "reversible",
+              "no model is called ", options.model);
+  stem_ = register_module("stem", ConvNorm(3, options.width, options.model == "chain" ? 2 : 1));
+  blocks_ = register_module("blocks", torch::nn::Sequential());
   int64_t channels = options.width;
+  if (layers.has_value()) {
+    channels = add_residual_blocks(options.width, (*layers - 2) / (2 * kStages));
+  } else if (options.model == "reversible") {
+    channels = add_couplings(options.width, options.depth);
+  } else {
+    blocks_->push_back(Chain(options.width, options.depth));
+  }
+  output_ = register_module("output", torch::nn::Linear(channels, options.classes));
+}
+
+int64_t ClassifierImpl::add_residual_blocks(int64_t width, int64_t blocks) {
+  int64_t channels = width;
   for (int64_t stage = 0; stage < kStages; ++stage) {
-    const int64_t out = options.width << stage;
-    for (int64_t i = 0; i < (*layers - 2) / (2 * kStages); ++i) {
+    const int64_t out = width << stage;
+    for (int64_t i = 0; i < blocks; ++i) {
       blocks_->push_back(ResidualBlock(channels, out, stage > 0 && i == 0 ? 2 : 1));
       channels = out;
     }
   }
-  output_ = register_module("output", torch::nn::Linear(channels, options.classes));
-  const at::NoGradGuard no_grad;
-  for (auto& parameter : parameters()) {
-    if (parameter.dim() == 4) {
-      torch::nn::init::kaiming_normal_(parameter, 0, torch::kFanOut, torch::kReLU);
-    }
+  return channels;
+}
+
+int64_t ClassifierImpl::add_couplings(int64_t width, int64_t blocks) {
+  int64_t channels = width;
+  for (int64_t stage = 0; stage < kStages; ++stage) {
+    const int64_t out = width << stage;
+    if (stage > 0) blocks_->push_back(ConvNorm(channels, out, 2));
+    blocks_->push_back(Couplings(out, blocks / kStages + (stage < blocks % kStages ? 1 : 0)));
+    channels = out;
   }
+  return channels;
 }
 
 Tensor ClassifierImpl::forward(const Tensor& images) {
-  Tensor x = stem_(images);
-  for (const auto& block : *blocks_) x = block->as<ResidualBlock>()->forward(x);
+  const Tensor x = blocks_->forward(stem_->forward(images));
   const memory::LayerScope scope("output");
   return output_(x.mean({2, 3}));
 }

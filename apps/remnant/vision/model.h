@@ -1,7 +1,10 @@
 #pragma once
 
+#include <remnant/nn/reversible.h>
+#include <remnant/plan.h>
+
 #include <torch/nn/modules/batchnorm.h>
-#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/linear.h>
 
@@ -11,25 +14,30 @@
 namespace remnant::app::vision {
 
 struct ModelOptions {
-  std::string model = "resnet20";
-  int64_t width = 16;  ///< channels of the first stage
+  std::string model = "resnet20";  ///< resnetN, reversible or chain
+  int64_t width = 16;              ///< channels of the first stage
+  int64_t depth = 0;               ///< reversible: coupling blocks; chain: layers
   int64_t classes = 10;
 };
 
 /// Whether `model` is the name of a residual network: resnetN with N = 6 n + 2, such as resnet20.
 bool is_resnet(const std::string& model);
 
-/// relu(norm(conv(x)) + residual).
-class ConvNormReluImpl : public torch::nn::Module {
+/// relu(norm(conv(x)) + residual), or without the relu; the convolution is 3x3, initialised as He et al. do.
+class ConvNormImpl : public torch::nn::Module {
  public:
-  ConvNormReluImpl(int64_t in, int64_t out, int64_t stride);
+  ConvNormImpl(int64_t in, int64_t out, int64_t stride, bool relu = true);
   at::Tensor forward(const at::Tensor& x, const at::Tensor& residual = {});
 
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(at::Tensor())})
+
  private:
+  bool relu_;
   torch::nn::Conv2d conv_ = nullptr;
   torch::nn::BatchNorm2d norm_ = nullptr;
 };
-TORCH_MODULE(ConvNormRelu);
+TORCH_MODULE(ConvNorm);
 
 /// Two 3x3 convolutions and the block's input. Where they halve the image and double the channels, the input
 /// is every other pixel with channels of zeros.
@@ -40,12 +48,61 @@ class ResidualBlockImpl : public torch::nn::Module {
 
  private:
   int64_t stride_, added_channels_;
-  ConvNormRelu first_ = nullptr, second_ = nullptr;
+  ConvNorm first_ = nullptr, second_ = nullptr;
 };
 TORCH_MODULE(ResidualBlock);
 
-/// Labels images: the residual networks of He et al., "Deep Residual Learning for Image Recognition" (2015),
-/// section 4.2, with their initialisation of convolutions.
+/// Layers that rebuild their inputs in backward, or with the setting eager keep what PyTorch keeps.
+class RebuildingImpl : public torch::nn::Module, public nn::KeepsByChoice {
+ public:
+  const LayerMemory& memory() const override { return memory_; }
+  void set_memory(const LayerMemory& memory) override { memory_ = memory; }
+
+ protected:
+  /// Whether to compute as torch does: asked to, or nothing is kept anyway.
+  bool eager() const { return !is_training() || memory_ == LayerMemory(Memory::eager()); }
+
+ private:
+  LayerMemory memory_ = Memory::exact();
+};
+
+/// nn::ReversibleChain with maxmin.
+class ChainImpl : public RebuildingImpl {
+ public:
+  ChainImpl(int64_t channels, int64_t layers);
+  at::Tensor forward(const at::Tensor& x);
+  nn::ReversibleChainImpl& chain() { return *chain_; }
+
+ private:
+  nn::ReversibleChain chain_ = nullptr;
+};
+TORCH_MODULE(Chain);
+
+/// What a coupling block adds to one half: two 3x3 convolutions, a relu between them.
+class BranchImpl : public torch::nn::Module {
+ public:
+  explicit BranchImpl(int64_t channels);
+  at::Tensor forward(const at::Tensor& x) { return second_->forward(first_->forward(x)); }
+
+ private:
+  ConvNorm first_ = nullptr, second_ = nullptr;
+};
+TORCH_MODULE(Branch);
+
+/// Additive coupling blocks.
+class CouplingsImpl : public RebuildingImpl {
+ public:
+  CouplingsImpl(int64_t channels, int64_t blocks);
+  at::Tensor forward(const at::Tensor& x);
+
+ private:
+  nn::ReversibleSequence blocks_ = nullptr;
+};
+TORCH_MODULE(Couplings);
+
+/// Labels images. resnetN: the residual networks of He et al., "Deep Residual Learning for Image Recognition"
+/// (2015), section 4.2. reversible: the same three stages of coupling blocks, with a convolution of stride 2
+/// between stages. chain: a convolution of stride 2 and a plain chain of layers.
 class ClassifierImpl : public torch::nn::Module {
  public:
   explicit ClassifierImpl(const ModelOptions& options);
@@ -56,8 +113,12 @@ class ClassifierImpl : public torch::nn::Module {
   at::Tensor loss(const at::Tensor& images, const at::Tensor& labels);
 
  private:
-  ConvNormRelu stem_ = nullptr;
-  torch::nn::ModuleList blocks_ = nullptr;
+  /// Each adds its blocks and returns the channels that leave the last.
+  int64_t add_residual_blocks(int64_t width, int64_t blocks);
+  int64_t add_couplings(int64_t width, int64_t blocks);
+
+  ConvNorm stem_ = nullptr;
+  torch::nn::Sequential blocks_ = nullptr;
   torch::nn::Linear output_ = nullptr;
 };
 TORCH_MODULE(Classifier);

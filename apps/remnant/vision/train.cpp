@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <utility>
@@ -46,7 +47,7 @@ struct Data {
 };
 
 Classifier make_model(const TrainOptions& options, size_t classes) {
-  Classifier model(ModelOptions{options.model, options.width, static_cast<int64_t>(classes)});
+  Classifier model(ModelOptions{options.model, options.width, options.depth, static_cast<int64_t>(classes)});
   if (!channels_last(options)) return model;
   for (at::Tensor& parameter : model->parameters()) {
     // Kernels would otherwise rearrange the weight in every step.
@@ -85,6 +86,24 @@ class VisionTask final : public Task {
   }
 
   double rate_factor(double epochs) const override { return vision::rate_factor(options_, epochs); }
+
+  /// When a chain plans anew what it keeps.
+  std::map<std::string, at::Tensor> state() override {
+    std::map<std::string, at::Tensor> tensors;
+    for (const auto& item : model_->named_modules()) {
+      if (auto* chain = item.value()->as<Chain>())
+        tensors["plan." + item.key()] = chain->chain().plan_state();
+    }
+    return tensors;
+  }
+
+  void load_state(const std::map<std::string, at::Tensor>& state) override {
+    for (const auto& item : model_->named_modules()) {
+      if (auto* chain = item.value()->as<Chain>()) {
+        chain->chain().set_plan_state(state.at("plan." + item.key()));
+      }
+    }
+  }
 
   std::string unit() const override { return "images"; }
 
@@ -193,18 +212,55 @@ class VisionTask final : public Task {
 
 }  // namespace
 
+namespace {
+
+/// Puts the model's own sizes in place of 0.
+void check_model(TrainOptions& options) {
+  require_at_least("width", options.width, 0);
+  require_at_least("depth", options.depth, 0);
+  const bool chain = options.model == "chain", reversible = options.model == "reversible";
+  if (is_resnet(options.model)) {
+    if (options.width == 0) options.width = 16;
+    if (options.depth != 0) {
+      throw UsageError("--depth is for reversible and chain; " + options.model +
+                       " has its depth in its name");
+    }
+    return;
+  }
+  if (!chain && !reversible) {
+    throw UsageError(
+        "--model should be reversible, chain or resnetN with N = 6 n + 2, such as resnet20; got '" +
+        options.model + "'");
+  }
+  if (options.width == 0) options.width = 32;
+  if (options.depth == 0) options.depth = chain ? 16 : 9;
+  if (options.width % 2 != 0) {
+    throw UsageError("--width of " + options.model + " should be even, got " + std::to_string(options.width));
+  }
+  if (reversible) require_at_least("depth", options.depth, 3);
+}
+
+/// What the model's layers know of settings.
+void check_setting(const TrainOptions& options) {
+  if (options.memory == "eager") return;
+  if (!is_resnet(options.model) && (options.memory == "exact" || options.memory.ends_with(".json"))) return;
+  throw UsageError("--memory of " + options.model + " should be eager" +
+                   (is_resnet(options.model) ? "" : ", exact or a file named .json") + ", got " +
+                   options.memory);
+}
+
+}  // namespace
+
 TrainOptions checked(TrainOptions options) {
   require_at_least("images", options.images, 100);
-  require_at_least("width", options.width, 1);
-  if (!is_resnet(options.model)) {
-    throw UsageError("--model should be resnetN with N = 6 n + 2, such as resnet20, got '" + options.model +
-                     "'");
-  }
+  check_model(options);
+  if (options.memory.empty()) options.memory = is_resnet(options.model) ? "eager" : "exact";
   require_one_of("layout", options.layout, {"channels-last", "contiguous"});
   require_one_of("schedule", options.schedule, {"cosine", "step", "constant"});
   if (!(options.warm_up >= 0)) throw UsageError("--warm-up should be at least 0");
   if (!(options.weight_decay >= 0)) throw UsageError("--weight-decay should be at least 0");
   check_shared(options);
+  check_setting(options);
   options.data = absolute_data(options.data, "generated");
   return options;
 }

@@ -19,14 +19,13 @@ struct TrainOptions : TrainingOptions {
   static constexpr const char* kProgram = "vision";
   static constexpr const char* kCompared = "memory";
   TrainOptions() {
-    memory = "eager";
     learning_rate = 0.1;
     clip = 0;
     epochs = 20;
   }
   std::string& compared() { return memory; }
   std::string model = "resnet20", schedule = "cosine", layout = "channels-last";
-  int64_t images = 5000, width = 16;
+  int64_t images = 5000, width = 0, depth = 0;
   double weight_decay = 1e-4, warm_up = 1;
   bool augment = true;
 };
@@ -39,8 +38,12 @@ void visit_options(Options& o, const Visit& visit) {
         ".gz "
         "too), a file of it, or generated (shapes and textures)");
   visit("images", o.images, Resume::same, "of the generated ones");
-  visit("model", o.model, Resume::same, "resnet20, or any resnetN with N = 6 n + 2");
-  visit("width", o.width, Resume::same, "channels of the first stage; the next have 2 and 4 times as many");
+  visit("model", o.model, Resume::same,
+        "resnet20, or any resnetN with N = 6 n + 2; reversible, of coupling blocks; chain, of plain layers");
+  visit(
+      "width", o.width, Resume::same,
+      "channels of the first stage, the next have 2 and 4 times as many; 0: 16, of reversible and chain 32");
+  visit("depth", o.depth, Resume::same, "blocks of reversible, 0: 9; layers of chain, 0: 16");
   visit("layout", o.layout, Resume::same, "of activations in memory: channels-last or contiguous");
   visit("augment", o.augment, Resume::same, "move training images by up to 4 pixels and flip half of them");
   visit("schedule", o.schedule, Resume::same,
@@ -49,11 +52,13 @@ void visit_options(Options& o, const Visit& visit) {
   visit("warm-up", o.warm_up, Resume::same,
         "epochs over which the learning rate rises to --lr, 0.5 for half of one");
   visit("weight-decay", o.weight_decay, Resume::same, "of weights, not of normalisations and biases");
-  visit_shared_options(o, visit, "images a batch", "what layers keep: eager");
+  visit_shared_options(o, visit, "images a batch",
+                       "what layers keep: eager; or exact, the default of reversible and chain, whose layers "
+                       "rebuild their input");
 }
 
-/// The options with the setting in its usual spelling and the data's path made absolute. Throws UsageError on
-/// values that cannot be.
+/// The options with the model's own sizes and setting where none is given, the setting in its usual spelling
+/// and the data's path made absolute. Throws UsageError on values that cannot be.
 TrainOptions checked(TrainOptions options);
 
 /// The learning rate after `epochs` passes over the data, in units of --lr.

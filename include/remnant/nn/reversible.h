@@ -73,6 +73,11 @@ class REMNANT_API ReversibleChainImpl : public torch::nn::Cloneable<ReversibleCh
   const at::Tensor& errors() const { return errors_; }
   /// Fixes the plan: no more are made.
   void set_plan(std::vector<int64_t> anchors, std::vector<int64_t> residues);
+  /// For checkpoints: the plan and what decides when the next is made, float64 [3 layers + 1]. A training
+  /// that is resumed with it rebuilds, to the bit, as one that never stopped.
+  at::Tensor plan_state() const;
+  /// Throws c10::Error on a tensor of another size.
+  void set_plan_state(const at::Tensor& state);
 
   ReversibleChainOptions options;
 
