@@ -174,6 +174,20 @@ std::tuple<at::Tensor, at::Tensor> dropout_add_layer_norm(const at::Tensor& inpu
                  generator, need_sum, policy);
 }
 
+at::Tensor conv_norm_act(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                         const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                         const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
+                         at::IntArrayRef dilation, int64_t groups, c10::string_view norm, bool training,
+                         double momentum, double eps, c10::string_view activation, c10::string_view memory,
+                         const OptionalGenerator& generator) {
+  static const auto op = find<decltype(conv_norm_act)>("remnant::conv_norm_act");
+  const Below guard(kKey);
+  return op.call(lower(input), lower(weight), lower(bias), norm_weight, norm_bias, running_mean, running_var,
+                 lower(residual), stride, padding, dilation, groups, norm, training, momentum, eps,
+                 activation, memory, generator);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(remnant, AutocastCPU, m) {
@@ -184,6 +198,7 @@ TORCH_LIBRARY_IMPL(remnant, AutocastCPU, m) {
   m.impl("conv2d", TORCH_FN(conv2d));
   m.impl("linear", TORCH_FN(linear));
   m.impl("reversible_chain", TORCH_FN(reversible_chain));
+  m.impl("conv_norm_act", TORCH_FN(conv_norm_act));
   m.impl("feed_forward", TORCH_FN(feed_forward));
   m.impl("multihead_attention", TORCH_FN(multihead_attention));
   m.impl("linear_cross_entropy", TORCH_FN(linear_cross_entropy));

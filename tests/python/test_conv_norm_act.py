@@ -339,6 +339,23 @@ def test_codes_survive_an_optimizer_step_between_forward_and_backward():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=8"])
+def test_autocast_runs_the_unit_in_the_lower_precision(memory):
+    x, w = leaf(2, 8, 6, 6, dtype=torch.float32), leaf(8, 8, 3, 3, dtype=torch.float32)
+    p = parameters(8, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = units(x, [w, w], p, memory)
+        want = reference(x, w, **p, padding=1)
+        z = reference(want, w, **p, padding=1)
+        want = reference(z, w, **p, padding=1, residual=want)
+    assert y.dtype == torch.bfloat16
+    inputs = (w, *p.values())
+    grad = torch.randn_like(want)
+    for have, expected in zip(gradients(y, inputs, grad.to(y.dtype)), gradients(want, inputs, grad), strict=True):
+        assert have.dtype == torch.float32
+        assert (have - expected).norm() < 0.1 * expected.norm()
+
+
 def test_nothing_is_kept_without_a_gradient():
     x, w = torch.randn(2, 4, 6, 6), leaf(4, 4, 3, 3, dtype=torch.float32)
     with torch.no_grad():

@@ -74,7 +74,24 @@ def codes_case(dtype, columns):
     return back
 
 
-CASES = [codes_case, norm_case, rms_case, dropout_case, activation_case]
+def conv_case(dtype, columns):
+    channels = min(columns, 7)
+    x, w = leaf(2, 3, 6, 5, dtype=dtype), leaf(channels, 3, 3, 3, dtype=dtype)
+    residual = leaf(2, channels, 4, 3, dtype=dtype)
+    weight, bias = leaf(channels, dtype=dtype, seed=2), leaf(channels, dtype=dtype, seed=3)
+    layout = torch.channels_last if columns % 2 else torch.contiguous_format
+    results = []
+    for r, norm in ((None, "batch"), (residual, "batch"), (residual, "group:groups=1")):
+        inputs = [w, weight, bias] if r is None else [w, weight, bias, r]
+        y = remnant.conv_norm_act(
+            x.contiguous(memory_format=layout), w, norm_weight=weight, norm_bias=bias, residual=r, norm=norm,
+            activation="leaky:slope=0.2",
+        )  # fmt: skip
+        results += differentiate(y, inputs)
+    return results
+
+
+CASES = [codes_case, conv_case, norm_case, rms_case, dropout_case, activation_case]
 COLUMNS = [1, 7, 64, 100]
 
 
