@@ -278,6 +278,7 @@ TEST(VisionOptions, MistakesAreUsageErrors) {
   TrainOptions good;
   good.data = "generated";
   EXPECT_NO_THROW(checked(good));
+  EXPECT_EQ(checked(good).memory, "exact");
   const auto refused = [&](const auto& change) {
     TrainOptions bad = good;
     change(bad);
@@ -289,7 +290,7 @@ TEST(VisionOptions, MistakesAreUsageErrors) {
   refused([](TrainOptions& o) { o.schedule = "linear"; });
   refused([](TrainOptions& o) { o.layout = "nhwc"; });
   refused([](TrainOptions& o) { o.memory = "attention"; });
-  refused([](TrainOptions& o) { o.memory = "exact"; });
+  refused([](TrainOptions& o) { o.memory = "unbiased:bits=3"; });
   refused([](TrainOptions& o) { o.depth = 9; });
   refused([](TrainOptions& o) { o.model = "chain", o.width = 15; });
   refused([](TrainOptions& o) { o.model = "chain", o.memory = "unbiased:bits=4"; });

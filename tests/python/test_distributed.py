@@ -42,7 +42,8 @@ shares = inputs.chunk(ranks, 1)[rank]
 
 def torchrun(body):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-"]
-    path = f"{textwrap.dedent(PROGRAM)}{textwrap.dedent(body)}\ndist.destroy_process_group()\n"
+    # Without PyTorch's own clean-up, in which a thread of Gloo's may still run.
+    path = f"{textwrap.dedent(PROGRAM)}{textwrap.dedent(body)}\ndist.barrier()\nsys.stdout.flush()\nos._exit(0)\n"
     command[-1] = os.environ["REMNANT_TEST_SCRIPT"]
     with open(command[-1], "w") as file:
         file.write(path)

@@ -39,18 +39,26 @@ std::optional<int64_t> resnet_layers(const std::string& model) {
 
 bool is_resnet(const std::string& model) { return resnet_layers(model).has_value(); }
 
-ConvNormImpl::ConvNormImpl(int64_t in, int64_t out, int64_t stride, bool relu) : relu_(relu) {
-  conv_ = register_module(
-      "conv", torch::nn::Conv2d(torch::nn::Conv2dOptions(in, out, 3).stride(stride).padding(1).bias(false)));
-  norm_ = register_module("norm", torch::nn::BatchNorm2d(out));
-  torch::nn::init::kaiming_normal_(conv_->weight, 0, torch::kFanOut, torch::kReLU);
+ConvNormImpl::ConvNormImpl(int64_t in, int64_t out, int64_t stride)
+    : nn::ConvNormAct2dImpl([&] {
+        nn::ConvNormActOptions options(in, out, 3);
+        options.stride = {stride};
+        options.padding = {1};
+        return options;
+      }()) {
+  torch::nn::init::kaiming_normal_(conv->weight, 0, torch::kFanOut, torch::kReLU);
 }
 
 Tensor ConvNormImpl::forward(const Tensor& x, const Tensor& residual) {
   const memory::LayerScope scope(this);
-  Tensor y = norm_(conv_(x));
-  if (residual.defined()) y = y + residual;
-  return relu_ ? y.relu() : y;
+  return nn::ConvNormAct2dImpl::forward(x, residual);
+}
+
+void ConvNormImpl::set_memory(const LayerMemory& memory) {
+  memory_ = memory;
+  options.memory = memory.bits > 0                          ? Memory::unbiased(memory.bits)
+                   : memory == LayerMemory(Memory::eager()) ? Memory::eager()
+                                                            : Memory::exact();
 }
 
 ResidualBlockImpl::ResidualBlockImpl(int64_t in, int64_t out, int64_t stride)
@@ -81,8 +89,21 @@ Tensor ChainImpl::forward(const Tensor& x) {
 }
 
 BranchImpl::BranchImpl(int64_t channels) {
-  first_ = register_module("first", ConvNorm(channels, channels, 1));
-  second_ = register_module("second", ConvNorm(channels, channels, 1, /*relu=*/false));
+  const auto convolution = [&](const char* name) {
+    auto made = register_module(
+        name, torch::nn::Conv2d(torch::nn::Conv2dOptions(channels, channels, 3).padding(1).bias(false)));
+    torch::nn::init::kaiming_normal_(made->weight, 0, torch::kFanOut, torch::kReLU);
+    return made;
+  };
+  first_ = convolution("first");
+  first_norm_ = register_module("first_norm", torch::nn::BatchNorm2d(channels));
+  second_ = convolution("second");
+  second_norm_ = register_module("second_norm", torch::nn::BatchNorm2d(channels));
+}
+
+Tensor BranchImpl::forward(const Tensor& x) {
+  const memory::LayerScope scope(this);
+  return second_norm_(second_(first_norm_(first_(x)).relu()));
 }
 
 CouplingsImpl::CouplingsImpl(int64_t channels, int64_t blocks) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <remnant/nn/conv.h>
 #include <remnant/nn/reversible.h>
 #include <remnant/plan.h>
 
@@ -23,19 +24,17 @@ struct ModelOptions {
 /// Whether `model` is the name of a residual network: resnetN with N = 6 n + 2, such as resnet20.
 bool is_resnet(const std::string& model);
 
-/// relu(norm(conv(x)) + residual), or without the relu; the convolution is 3x3, initialised as He et al. do.
-class ConvNormImpl : public torch::nn::Module {
+/// relu(norm(conv(x)) + residual); the convolution is 3x3, initialised as He et al. do. A layer to the
+/// planner, under which a unit keeps one tensor, codes, or what PyTorch keeps.
+class ConvNormImpl : public nn::ConvNormAct2dImpl, public nn::KeepsByChoice {
  public:
-  ConvNormImpl(int64_t in, int64_t out, int64_t stride, bool relu = true);
+  ConvNormImpl(int64_t in, int64_t out, int64_t stride);
   at::Tensor forward(const at::Tensor& x, const at::Tensor& residual = {});
-
- protected:
-  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(at::Tensor())})
+  const LayerMemory& memory() const override { return memory_; }
+  void set_memory(const LayerMemory& memory) override;
 
  private:
-  bool relu_;
-  torch::nn::Conv2d conv_ = nullptr;
-  torch::nn::BatchNorm2d norm_ = nullptr;
+  LayerMemory memory_ = Memory::exact();
 };
 TORCH_MODULE(ConvNorm);
 
@@ -78,14 +77,16 @@ class ChainImpl : public RebuildingImpl {
 };
 TORCH_MODULE(Chain);
 
-/// What a coupling block adds to one half: two 3x3 convolutions, a relu between them.
+/// What a coupling block adds to one half: two 3x3 convolutions with their norms, a relu between them. It
+/// runs again in backward, so that nothing of it is kept.
 class BranchImpl : public torch::nn::Module {
  public:
   explicit BranchImpl(int64_t channels);
-  at::Tensor forward(const at::Tensor& x) { return second_->forward(first_->forward(x)); }
+  at::Tensor forward(const at::Tensor& x);
 
  private:
-  ConvNorm first_ = nullptr, second_ = nullptr;
+  torch::nn::Conv2d first_ = nullptr, second_ = nullptr;
+  torch::nn::BatchNorm2d first_norm_ = nullptr, second_norm_ = nullptr;
 };
 TORCH_MODULE(Branch);
 

@@ -242,10 +242,9 @@ void check_model(TrainOptions& options) {
 
 /// What the model's layers know of settings.
 void check_setting(const TrainOptions& options) {
-  if (options.memory == "eager") return;
-  if (!is_resnet(options.model) && (options.memory == "exact" || options.memory.ends_with(".json"))) return;
-  throw UsageError("--memory of " + options.model + " should be eager" +
-                   (is_resnet(options.model) ? "" : ", exact or a file named .json") + ", got " +
+  if (is_resnet(options.model)) return;  // any
+  if (options.memory == "eager" || options.memory == "exact" || options.memory.ends_with(".json")) return;
+  throw UsageError("--memory of " + options.model + " should be eager, exact or a file named .json, got " +
                    options.memory);
 }
 
@@ -254,7 +253,7 @@ void check_setting(const TrainOptions& options) {
 TrainOptions checked(TrainOptions options) {
   require_at_least("images", options.images, 100);
   check_model(options);
-  if (options.memory.empty()) options.memory = is_resnet(options.model) ? "eager" : "exact";
+  if (options.memory.empty()) options.memory = "exact";
   require_one_of("layout", options.layout, {"channels-last", "contiguous"});
   require_one_of("schedule", options.schedule, {"cosine", "step", "constant"});
   if (!(options.warm_up >= 0)) throw UsageError("--warm-up should be at least 0");

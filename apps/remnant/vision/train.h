@@ -52,9 +52,11 @@ void visit_options(Options& o, const Visit& visit) {
   visit("warm-up", o.warm_up, Resume::same,
         "epochs over which the learning rate rises to --lr, 0.5 for half of one");
   visit("weight-decay", o.weight_decay, Resume::same, "of weights, not of normalisations and biases");
-  visit_shared_options(o, visit, "images a batch",
-                       "what layers keep: eager; or exact, the default of reversible and chain, whose layers "
-                       "rebuild their input");
+  visit_shared_options(
+      o, visit, "images a batch",
+      "what layers keep: exact (the default), eager; for resnetN also unbiased:bits=4, "
+      "budget=60MB (of a step's peak; budget=60MB,bits=4: codes too), or a JSON file of {layer "
+      "pattern: choices}");
 }
 
 /// The options with the model's own sizes and setting where none is given, the setting in its usual spelling
