@@ -7,6 +7,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# For the processes that tests start.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
+
 # Runs that differ from one machine to the next hide faults; a first call also compiles and loads.
 settings.register_profile("remnant", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("remnant")
