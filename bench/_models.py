@@ -63,9 +63,11 @@ class Block(nn.Module):
         qkv = linear(self.qkv, norm(self.norm1, x, bits)).view(batch, length, 3, HEADS, WIDTH // HEADS)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         x = x + linear(self.out, attend(q, k, v, mask, causal).transpose(1, 2).reshape(batch, length, WIDTH))
-        hidden = linear(self.up, norm(self.norm2, x, bits))
-        hidden = remnant.gelu(hidden, policy=codes(bits)) if bits else functional.gelu(hidden)
-        return x + linear(self.down, hidden)
+        y = norm(self.norm2, x, bits)
+        if bits:
+            return x + remnant.feed_forward(y, self.up.weight, self.up.bias, self.down.weight, self.down.bias,
+                                            activation="gelu", policy=codes(bits))
+        return x + linear(self.down, functional.gelu(linear(self.up, y)))
 
 
 class Trunk(nn.Module):

@@ -694,9 +694,10 @@ def feed_forward(
     *,
     activation: str = "relu",
     dropout: float = 0.0,
+    policy: str = "exact",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """linear(dropout(activation(linear(input, weight1, bias1))), weight2, bias2) that keeps no hidden layer. Exact.
+    """linear(dropout(activation(linear(input, weight1, bias1))), weight2, bias2) that keeps no hidden layer.
 
     Args:
         input: [..., E], floating.
@@ -704,18 +705,21 @@ def feed_forward(
         weight2, bias2: [G, F] and [G] or None, input's dtype.
         activation: "relu" or "gelu" (by the normal distribution's function, not its tanh form).
         dropout: rate on the hidden layer, in [0, 1).
+        policy: "exact", or "quantized:bits=8", 4 or 2, whose gradients are unbiased.
         generator: source of the seed; the device's default generator when None.
 
     Returns:
         [..., G] in input's dtype.
 
-    Saves for backward: input, the weights and bias1, and for dropout a 16-byte seed; the hidden layer is
-    made again, a block of rows at a time.
+    Saves for backward, exact: input, the weights and bias1, and for dropout a 16-byte seed; the hidden layer is
+    made again, a block of rows at a time. quantized: the weights, a seed, codes of input at that many bits, and
+    one code for each element of the hidden layer for both the activation and its derivative: of as many bits and
+    2 bytes for each 64 elements under relu, of 8, 6 or 4 bits under gelu (above 81920 they become NaN).
 
     Raises:
         RuntimeError: shapes or dtypes that do not fit, an unknown activation, or a double backward.
     """
-    return _ops.feed_forward(input, weight1, bias1, weight2, bias2, activation, dropout, generator)
+    return _ops.feed_forward(input, weight1, bias1, weight2, bias2, activation, dropout, policy, generator)
 
 
 def multihead_attention(

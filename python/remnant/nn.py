@@ -202,15 +202,10 @@ class _FeedForward(Converted):
         if activation is None or not _takes_part() or not self.training:  # type: ignore[attr-defined]
             return None
         p = self.dropout.p  # type: ignore[attr-defined]
-        if policy.bits:
-            hidden = _ops.linear(x, first.weight, first.bias, policy=policy.codes)
-            hidden = _ops.relu(hidden) if activation == "relu" else _ops.gelu(hidden, policy=policy.codes)
-            return _ops.linear(_ops.dropout(hidden, p) if p > 0 else hidden, second.weight, second.bias,
-                               policy=policy.codes)
-        if not policy.recompute:
+        if not policy.bits and not policy.recompute:
             return None
         return _ops.feed_forward(x, first.weight, first.bias, second.weight, second.bias, activation=activation,
-                                 dropout=p)
+                                 dropout=p, policy=policy.codes if policy.bits else "exact")
 
 
 class TransformerEncoderLayer(_FeedForward, nn.TransformerEncoderLayer):

@@ -107,11 +107,11 @@ at::Tensor reversible_chain(const at::Tensor& input, at::TensorList weights, at:
 
 at::Tensor feed_forward(const at::Tensor& input, const at::Tensor& weight1, const OptionalTensor& bias1,
                         const at::Tensor& weight2, const OptionalTensor& bias2, c10::string_view activation,
-                        double dropout, const OptionalGenerator& generator) {
+                        double dropout, c10::string_view policy, const OptionalGenerator& generator) {
   static const auto op = find<decltype(feed_forward)>("remnant::feed_forward");
   const Below guard(kKey);
   return op.call(lower(input), lower(weight1), lower(bias1), lower(weight2), lower(bias2), activation,
-                 dropout, generator);
+                 dropout, policy, generator);
 }
 
 // A floating mask is added to scores in any dtype, as attention takes it.

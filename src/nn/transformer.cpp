@@ -143,24 +143,13 @@ template <typename Layer>
 Tensor feed_forward_block(Layer& layer, const Tensor& x) {
   const LayerMemory& memory = layer.options.memory();
   const Activation activation = layer.options.activation();
-  if (memory.bits > 0 && layer.is_training()) {
-    const std::string policy = code_policy(memory);
-    const auto product = [&](const torch::nn::Linear& linear, const Tensor& input) {
-      return remnant::linear(input, linear->weight, optional(linear->bias), policy);
-    };
-    // One name: each step's input goes as soon as its output is there.
-    Tensor hidden = product(layer.linear1, x);
-    hidden = activation == Activation::gelu ? remnant::gelu(hidden, "none", policy) : remnant::relu(hidden);
-    hidden = drop(layer.dropout, hidden, memory);
-    return product(layer.linear2, hidden);
-  }
-  if (memory.hidden || !layer.is_training()) {
+  if (!layer.is_training() || (memory.hidden && memory.bits == 0)) {
     return layer.linear2(drop(layer.dropout, activate(layer.linear1(x), activation), memory));
   }
-  return remnant::feed_forward(x, layer.linear1->weight, optional(layer.linear1->bias), layer.linear2->weight,
-                               optional(layer.linear2->bias),
-                               activation == Activation::gelu ? "gelu" : "relu",
-                               layer.dropout->is_training() ? layer.dropout->options.p() : 0.0);
+  return remnant::feed_forward(
+      x, layer.linear1->weight, optional(layer.linear1->bias), layer.linear2->weight,
+      optional(layer.linear2->bias), activation == Activation::gelu ? "gelu" : "relu",
+      layer.dropout->is_training() ? layer.dropout->options.p() : 0.0, code_policy(memory));
 }
 
 /// The encoder layer with its attention given as a function of its input.

@@ -24,6 +24,40 @@
 
 namespace remnant::ops {
 
+at::Tensor narrow_to_bfloat16(const at::Tensor& x, bool up) {
+  const double limit =
+      up ? std::numeric_limits<double>::infinity() : -std::numeric_limits<double>::infinity();
+  at::Tensor f = x.to(at::kFloat);
+  const at::Tensor inside = up ? f.to(x.scalar_type()).lt(x) : f.to(x.scalar_type()).gt(x);
+  f = at::where(inside, at::nextafter(f, f.new_full({}, limit)), f);
+  const at::Tensor bits = f.view(at::kInt);
+  const at::Tensor cut = bits.bitwise_and(static_cast<int64_t>(0xffff)).ne(0);
+  const at::Tensor away = (up ? f.gt(0) : f.lt(0)).logical_and_(cut);
+  const at::Tensor kept = bits.bitwise_right_shift(16).add(away.to(at::kInt)).bitwise_left_shift(16);
+  return at::where(f.isnan(), f, kept.view(at::kFloat)).to(at::kBFloat16);
+}
+
+at::Tensor pack_groups(const at::Tensor& codes, int64_t bits) {
+  const int64_t size = codes.size(1), parts = 8 / bits, stride = (size * bits + 7) / 8;
+  const at::Tensor shifts = at::arange(0, 8, bits, codes.options()).view({1, parts, 1});
+  return at::constant_pad_nd(codes, {0, stride * parts - size})
+      .view({-1, parts, stride})
+      .bitwise_left_shift(shifts)
+      .sum(1)
+      .to(at::kByte)
+      .flatten();
+}
+at::Tensor unpack_groups(const at::Tensor& bytes, int64_t groups, int64_t size, int64_t bits) {
+  const int64_t parts = 8 / bits;
+  const at::Tensor shifts = at::arange(0, 8, bits, bytes.options().dtype(at::kLong)).view({1, parts, 1});
+  return bytes.to(at::kLong)
+      .view({groups, 1, -1})
+      .bitwise_right_shift(shifts)
+      .bitwise_and((int64_t{1} << bits) - 1)
+      .flatten(1)
+      .narrow(1, 0, size);
+}
+
 namespace {
 
 using Pair = std::tuple<at::Tensor, at::Tensor>;
@@ -47,42 +81,6 @@ kernels::LowBits make_problem(at::ScalarType type, int64_t size, int64_t bits, c
   problem.codes = static_cast<uint8_t*>(codes.data_ptr());
   problem.table = static_cast<uint16_t*>(table.data_ptr());
   return problem;
-}
-
-// To bfloat16, downwards or upwards. Finite numbers, and NaN.
-at::Tensor narrow_outwards(const at::Tensor& x, bool up) {
-  const double limit =
-      up ? std::numeric_limits<double>::infinity() : -std::numeric_limits<double>::infinity();
-  at::Tensor f = x.to(at::kFloat);
-  const at::Tensor inside = up ? f.to(x.scalar_type()).lt(x) : f.to(x.scalar_type()).gt(x);
-  f = at::where(inside, at::nextafter(f, f.new_full({}, limit)), f);
-  const at::Tensor bits = f.view(at::kInt);
-  const at::Tensor cut = bits.bitwise_and(static_cast<int64_t>(0xffff)).ne(0);
-  const at::Tensor away = (up ? f.gt(0) : f.lt(0)).logical_and_(cut);
-  const at::Tensor kept = bits.bitwise_right_shift(16).add(away.to(at::kInt)).bitwise_left_shift(16);
-  return at::where(f.isnan(), f, kept.view(at::kFloat)).to(at::kBFloat16);
-}
-
-// Groups, from [groups, 64] codes and back; the last group of `rest` elements stands by itself.
-at::Tensor pack(const at::Tensor& codes, int64_t bits) {
-  const int64_t size = codes.size(1), parts = 8 / bits, stride = (size * bits + 7) / 8;
-  const at::Tensor shifts = at::arange(0, 8, bits, codes.options()).view({1, parts, 1});
-  return at::constant_pad_nd(codes, {0, stride * parts - size})
-      .view({-1, parts, stride})
-      .bitwise_left_shift(shifts)
-      .sum(1)
-      .to(at::kByte)
-      .flatten();
-}
-at::Tensor unpack(const at::Tensor& bytes, int64_t groups, int64_t size, int64_t bits) {
-  const int64_t parts = 8 / bits;
-  const at::Tensor shifts = at::arange(0, 8, bits, bytes.options().dtype(at::kLong)).view({1, parts, 1});
-  return bytes.to(at::kLong)
-      .view({groups, 1, -1})
-      .bitwise_right_shift(shifts)
-      .bitwise_and((int64_t{1} << bits) - 1)
-      .flatten(1)
-      .narrow(1, 0, size);
 }
 
 Pair encode_composite(const at::Tensor& input, const at::Tensor& seed, int64_t bits) {
@@ -109,18 +107,18 @@ Pair encode_composite(const at::Tensor& input, const at::Tensor& seed, int64_t b
     if (groups == 0) return;
     const at::Tensor x = flat.narrow(0, first, groups * width).view({groups, width});
     const at::Tensor finite = x.isfinite().all(1, true);
-    const at::Tensor low = narrow_outwards(at::where(finite, x.amin({1}, true), x.new_zeros({})), false);
+    const at::Tensor low = narrow_to_bfloat16(at::where(finite, x.amin({1}, true), x.new_zeros({})), false);
     const at::Tensor range = x.amax({1}, true).sub(low.to(wide));
     const at::Tensor good = finite.logical_and(range.le(std::numeric_limits<float>::max()));
     const at::Tensor exact = range.div(levels);
     const at::Tensor least =
         at::where(exact.gt(0).logical_and(exact.lt(0x1p-120)), exact.new_full({}, 0x1p-120), exact);
-    const at::Tensor step = narrow_outwards(
+    const at::Tensor step = narrow_to_bfloat16(
         at::where(good, least, x.new_full({}, std::numeric_limits<double>::quiet_NaN())), true);
     const at::Tensor inverse = at::where(step.gt(0), step.to(wide).reciprocal(), x.new_zeros({}));
     const at::Tensor noise = u.narrow(0, first, groups * width).view({groups, width});
     const at::Tensor level = x.sub(low.to(wide)).mul(inverse).add(noise).clamp_max_(levels).floor();
-    codes.push_back(pack(at::where(inverse.gt(0), level, x.new_zeros({})).to(at::kLong), bits));
+    codes.push_back(pack_groups(at::where(inverse.gt(0), level, x.new_zeros({})).to(at::kLong), bits));
     table.push_back(at::cat({at::where(good, low, low.new_zeros({})), step}, 1));
   };
   add(0, whole, kGroup);
@@ -266,7 +264,7 @@ void decode_into(const Codes& kept, int64_t bits, int64_t size, int64_t first, a
     const at::Tensor bytes = kept.codes.narrow(0, from * bits / 8, groups * kernels::code_bytes(width, bits));
     const at::Tensor table = kept.table.narrow(0, from / kGroup, groups).to(wide);
     flat.narrow(0, from - first, groups * width)
-        .copy_(unpack(bytes, groups, width, bits)
+        .copy_(unpack_groups(bytes, groups, width, bits)
                    .to(wide)
                    .mul(table.select(1, 1).unsqueeze(1))
                    .add(table.select(1, 0).unsqueeze(1))

@@ -24,6 +24,12 @@ Codes shared_codes(const at::Tensor& x, int64_t bits, const std::optional<at::Ge
 /// 64.
 void decode_into(const Codes& kept, int64_t bits, int64_t size, int64_t first, at::Tensor& out);
 
+/// Codes, int64 [groups, size of a group], to bytes as kernels::LowBits lays them out and back.
+at::Tensor pack_groups(const at::Tensor& codes, int64_t bits);
+at::Tensor unpack_groups(const at::Tensor& bytes, int64_t groups, int64_t size, int64_t bits);
+/// The nearest bfloat16 that is no less (up) or no greater. Finite numbers, and NaN.
+at::Tensor narrow_to_bfloat16(const at::Tensor& x, bool up);
+
 /// The whole of it.
 at::Tensor decode(const Codes& kept, int64_t bits, c10::SymIntArrayRef shape, at::ScalarType dtype);
 

@@ -81,8 +81,20 @@ TORCH_LIBRARY(remnant, m) {
       plain);
   m.def(
       "feed_forward(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str "
-      "activation='relu', float dropout=0.0, Generator? generator=None) -> Tensor",
+      "activation='relu', float dropout=0.0, str policy='exact', Generator? generator=None) -> Tensor",
       random);
+  m.def(
+      "feed_forward_coded(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str "
+      "activation, float dropout, int bits, Generator? generator=None) -> (Tensor output, Tensor seed, "
+      "Tensor "
+      "codes)",
+      random);
+  m.def(
+      "feed_forward_coded_backward(Tensor grad_output, Tensor? input_codes, Tensor? input_table, Tensor "
+      "weight1, Tensor weight2, Tensor seed, Tensor codes, str activation, float dropout, int bits, bool[5] "
+      "needs) -> (Tensor grad_input, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_weight2, Tensor "
+      "grad_bias2)",
+      plain);
   m.def(
       "feed_forward_forward(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str "
       "activation, float dropout, Generator? generator=None) -> (Tensor output, Tensor seed)",

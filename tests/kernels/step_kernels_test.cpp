@@ -347,5 +347,117 @@ TEST_P(StepVariant, CodesLieWhereTheLayoutSays) {
   }
 }
 
+// --- codes of a hidden layer -------------------------------------------------------------------------
+
+double gelu(double x) { return x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }
+double gelu_slope(double x) {
+  return 0.5 * std::erfc(-x / std::sqrt(2.0)) + x * std::exp(-x * x / 2) / std::sqrt(8 * std::atan(1.0));
+}
+
+// What the weights of x's corners say that decoding gives in the mean, and the least weight.
+struct Mean {
+  double value = 0, slope = 0, least = 1;
+};
+template <typename T>
+Mean mean_of(const kernels::HiddenGrid<T>& grid, double x) {
+  using Grid = kernels::HiddenGrid<T>;
+  int64_t arc = grid.far_arc;
+  if (x >= Grid::edge) {
+    while (x >= grid.far[arc - grid.far_arc + 1]) ++arc;
+  } else {
+    arc = grid.arc_of[static_cast<int64_t>((std::max(x, -Grid::edge) + Grid::edge) * Grid::places /
+                                           (2 * Grid::edge))];
+  }
+  const double v = gelu(x), d = gelu_slope(x);
+  const double first = grid.first[0][arc] * v + grid.first[1][arc] * d + grid.first[2][arc];
+  const double last = grid.last[0][arc] * v + grid.last[1][arc] * d + grid.last[2][arc];
+  const auto code = static_cast<int64_t>(grid.code[arc]);
+  const int64_t behind = code + (x >= Grid::edge ? 1 : 2);
+  const double middle = 1 - first - last;
+  Mean m;
+  m.least = std::min({first, last, middle});
+  m.value = first * grid.value[code] + middle * grid.value[code + 1] + last * grid.value[behind];
+  m.slope = first * grid.slope[code] + middle * grid.slope[code + 1] + last * grid.slope[behind];
+  return m;
+}
+
+TEST(HiddenGrid, CornersOfEveryArcHoldTheCurve) {
+  for (int64_t bits : {8, 6, 4}) {
+    const auto& grid = kernels::hidden_grid<double>(bits);
+    EXPECT_TRUE(std::isnan(grid.value[(1 << bits) - 1]));
+    for (int64_t code = 0; code + 2 < int64_t{1} << bits; ++code) {
+      EXPECT_TRUE(std::isfinite(grid.value[code]) && std::isfinite(grid.slope[code])) << bits << " " << code;
+    }
+    for (double x = -12; x < 80000; x += x < 12 ? 0.00173 : 17.3) {
+      const Mean m = mean_of(grid, x);
+      // Some arcs are taken for lines, which lie up to 5e-5 beside them.
+      EXPECT_GT(m.least, -5e-4) << bits << " " << x;
+      EXPECT_NEAR(m.value, gelu(x), 6e-5 * std::max(1.0, x)) << bits;
+      EXPECT_NEAR(m.slope, gelu_slope(x), 6e-5) << bits << " " << x;
+    }
+  }
+}
+
+template <typename T>
+void compare_hidden(const CpuKernels& cpu, int64_t n, kernels::HiddenActivation activation, int64_t bits,
+                    double dropout) {
+  constexpr int64_t rows = 3, first = 2;
+  const bool relu = activation == kernels::HiddenActivation::relu;
+  const auto product = random<T>(rows * n, 1, -4, 4), bias = random<T>(n, 2), grad = random<T>(rows * n, 3);
+  std::vector<T> hidden = product, back(product.size()), grad_back = grad;
+  kernels::HiddenRows<T> p;
+  p.columns = n;
+  p.first_row = first;
+  p.activation = activation;
+  p.bias = bias.data();
+  p.seed = {3, 4, 5};
+  p.threshold = kernels::dropout_threshold(dropout);
+  p.keep_scale = static_cast<T>(kernels::dropout_keep_scale(p.threshold));
+  p.hidden = hidden.data();
+  p.bits = kernels::hidden_code_bits(activation, bits);
+  p.code_row_bytes = kernels::hidden_row_bytes(activation, p.bits, n);
+  std::vector<uint8_t> codes(static_cast<size_t>((first + rows) * p.code_row_bytes), 0xAB);
+  p.codes = codes.data();
+  if (!relu) p.grid = &kernels::hidden_grid<T>(p.bits);
+  if constexpr (sizeof(T) == 8) {
+    cpu.hidden_encode_double(p, 0, 1);
+    cpu.hidden_encode_double(p, 1, rows);
+  } else {
+    cpu.hidden_encode_float(p, 0, 1);
+    cpu.hidden_encode_float(p, 1, rows);
+  }
+  p.hidden = back.data();
+  p.grad = grad_back.data();
+  p.bias = nullptr;
+  if constexpr (sizeof(T) == 8) {
+    cpu.hidden_decode_double(p, 0, rows);
+  } else {
+    cpu.hidden_decode_float(p, 0, rows);
+  }
+  for (int64_t i = 0; i < first * p.code_row_bytes; ++i) EXPECT_EQ(codes[i], 0xAB);
+  // The widest an arc, or a step, is within (-5, 5).
+  const double reach = relu ? 5.0 / ((1 << p.bits) - 2) * 1.01 : (bits == 8 ? 0.5 : bits == 4 ? 1.3 : 3.1);
+  for (size_t e = 0; e < product.size(); ++e) {
+    const double x = product[e] + bias[e % n], factor = dropout > 0 && hidden[e] == 0 ? 0 : p.keep_scale;
+    const double value = relu ? std::max(x, 0.0) : gelu(x), slope = relu ? (x > 0 ? 1 : 0) : gelu_slope(x);
+    if (!relu || x > 0) EXPECT_NEAR(hidden[e], value * factor, 2e-6 * 5) << n << " " << e;
+    EXPECT_NEAR(back[e], value * factor, reach * p.keep_scale) << n << " " << bits << " " << e;
+    EXPECT_NEAR(grad_back[e], grad[e] * slope * factor, (relu ? 1e-5 : 0.6) * p.keep_scale)
+        << n << " " << bits << " " << e;
+    if (factor == 0) EXPECT_EQ(back[e], 0) << n << " " << e;
+  }
+}
+
+TEST_P(StepVariant, HiddenCodesGiveBackWhatIsNear) {
+  for (int64_t n : lengths()) {
+    for (int64_t bits : {8, 4, 2}) {
+      for (const auto activation : {kernels::HiddenActivation::relu, kernels::HiddenActivation::gelu}) {
+        compare_hidden<float>(cpu(), n, activation, bits, n % 2 == 0 ? 0.25 : 0.0);
+        compare_hidden<double>(cpu(), n, activation, bits, n % 2 == 0 ? 0.25 : 0.0);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace remnant

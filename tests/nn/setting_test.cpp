@@ -190,9 +190,9 @@ TEST_P(Unbiased, TheMeanOfDrawsIsTheGradient) {
   // of that after 2 bits is still far below the variance.
   EXPECT_LT(of_mean, 1.3 * variance / draws + (bits == 2 ? 0.005 : 0.0005) * variance);
   EXPECT_GT(of_mean, 0.7 * variance / draws);
-  // Finer codes, less variance: 8 bits are within a percent of the gradient's own size.
+  // Finer codes, less variance: 8 bits are within 1.5 percent of the gradient's own size.
   if (bits == 8) {
-    EXPECT_LT(std::sqrt(variance), 0.01 * exact.norm().item<double>());
+    EXPECT_LT(std::sqrt(variance), 0.015 * exact.norm().item<double>());
   }
 }
 

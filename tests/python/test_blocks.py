@@ -103,6 +103,134 @@ def test_feed_forward_keeps_its_input_alone():
         assert kept_bytes(lambda: remnant.feed_forward(x, w1, b1, w2, b2, dropout=0.1), x) == 0
 
 
+# --- feed_forward from codes -----------------------------------------------------------------------
+
+
+def decoded(x, activation, bits, generator=None):
+    """What the backward makes of a hidden layer's codes: activation and derivative, of x's shape."""
+    rows, features = x.shape
+    one, ones = torch.eye(features, dtype=x.dtype), torch.ones(rows, features, dtype=x.dtype, requires_grad=True)
+    x = x.clone().requires_grad_()
+    y = remnant.feed_forward(x, one, None, ones, None, activation=activation, policy=f"quantized:bits={bits}",
+                             generator=generator)  # fmt: skip
+    slope, value = torch.autograd.grad(y, (x, ones), torch.eye(rows, dtype=x.dtype))
+    return value, slope
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_code_gives_activation_and_derivative_without_bias(activation, bits, dtype):
+    x = torch.cat([torch.linspace(-9, 9, 128 * 15), torch.linspace(9, 400, 128)]).to(dtype).view(128, 16)
+    wide = x.double().requires_grad_()
+    want = eager_activation(activation)(wide)
+    (slope,) = torch.autograd.grad(want.sum(), wide)
+    draws = 1500
+    sums = [torch.zeros(2, *x.shape, dtype=torch.float64) for _ in range(2)]
+    jumps = torch.zeros(2, *x.shape, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(draws):
+        for i, have in enumerate(decoded(x, activation, bits, generator)):
+            sums[0][i] += have
+            sums[1][i] += have.double() ** 2
+            jumps[i] = torch.maximum(jumps[i], (have - (want.detach(), slope)[i]).abs())
+    for i, exact in enumerate((want.detach(), slope)):
+        mean = sums[0][i] / draws
+        # A corner drawn rarely may be missing: one draw of it more or less has to be allowed for.
+        once = jumps[i].amax(1, keepdim=True) / draws
+        deviation = ((sums[1][i] / draws - mean**2).clamp_min(0) / draws + once**2).sqrt()
+        # 1e-4: 16 random bits, and the grid's own exactness.
+        z = (mean - exact).abs() / (deviation + 1e-4 * (1 + exact.abs()))
+        assert float(z.max()) < 5.0, (i, float(z.max()))
+        assert float(z.square().mean()) < 1.1
+
+
+def eager_activation(name):
+    return functional.gelu if name == "gelu" else torch.relu
+
+
+# Mean square errors for x of N(0, 1), a tenth above those measured.
+@pytest.mark.parametrize(("bits", "value", "slope"), [(8, 1.1e-4, 4e-5), (4, 1.55e-3, 4.7e-4), (2, 7.7e-2, 2.5e-2)])
+def test_variance_of_a_gelu_code(bits, value, slope):
+    x = torch.randn(512, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    y = functional.gelu(x)
+    (d,) = torch.autograd.grad(y.sum(), x)
+    have = decoded(x.detach(), "gelu", bits, torch.Generator().manual_seed(3))
+    assert value / 2 < float((have[0] - y).detach().square().mean()) < value
+    assert slope / 2 < float((have[1] - d).square().mean()) < slope
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_gradients_from_8_bits_are_close(activation, dtype):
+    inputs = leaves(dtype, (70, 12), (130, 12), (130,), (7, 130), (7,))
+    torch.manual_seed(5)
+    have = gradients(remnant.feed_forward(*inputs, activation=activation, policy="quantized:bits=8"), inputs)
+    want = gradients(eager_feed_forward(*inputs, activation), inputs)
+    for a, b in zip(have, want, strict=True):
+        assert float((a - b).double().norm() / b.double().norm()) < 0.03
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_codes_drop_what_the_forward_dropped(activation):
+    one = torch.eye(200, dtype=torch.float64)
+    x = torch.full((90, 200), 1.5, dtype=torch.float64, requires_grad=True)
+    y = remnant.feed_forward(x, one, None, one, None, activation=activation, dropout=0.3, policy="quantized:bits=4")
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(slope == 0, y == 0) and 0.25 < float((y == 0).double().mean()) < 0.35
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_bytes_of_codes(activation):
+    x, w1, w2 = leaves(torch.float32, (64, 16), (520, 16), (16, 520))
+    row = {"relu": 520 // 2 + 9 * 2, "gelu": 520 // 2 + 520 // 4}[activation]
+    inputs = 64 * 16 // 2 + 64 * 16 // 64 * 4  # 4 bits an element and a bfloat16 pair a group
+
+    def run():
+        return remnant.feed_forward(x, w1, None, w2, None, activation=activation, dropout=0.1, policy="quantized:bits=4")
+
+    assert kept_bytes(run, w1, w2) == 64 * row + inputs + 16
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_what_no_code_stands_for_is_nan(activation):
+    hidden = torch.full((130, 1), 0.5)
+    hidden[3], hidden[70], hidden[71], hidden[129] = math.nan, math.inf, -math.inf, 1e6
+    ones = torch.ones(1, 130, requires_grad=True)
+    y = remnant.feed_forward(torch.ones(1, 1), hidden.requires_grad_(), None, ones, None, activation=activation,
+                             policy="quantized:bits=4")  # fmt: skip
+    slope, value = torch.autograd.grad(y, (hidden, ones))
+    bad = torch.zeros(130, dtype=torch.bool)
+    if activation == "gelu":
+        bad[[3, 70, 71, 129]] = True
+    else:  # their groups; 1e6 is within reach
+        bad[:128] = True
+    assert torch.equal(value[0].isnan(), bad) and torch.equal(slope[:, 0].isnan(), bad)
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_codes_with_one_thing_wanted(frozen):
+    inputs = leaves(torch.float64, (9, 4), (6, 4), (6,), (5, 6), (5,))
+    for i, t in enumerate(inputs):
+        t.requires_grad_(i == frozen)
+    torch.manual_seed(1)
+    (have,) = gradients(remnant.feed_forward(*inputs, activation="gelu", policy="quantized:bits=8"), [inputs[frozen]])
+    (want,) = gradients(eager_feed_forward(*inputs, "gelu"), [inputs[frozen]])
+    torch.testing.assert_close(have, want, atol=0.05, rtol=0.05)
+
+
+def test_codes_refuse_a_second_derivative_and_unknown_bits():
+    x, w1, w2 = leaves(torch.float64, (3, 4), (5, 4), (4, 5))
+    with pytest.raises(RuntimeError, match="no gradient of its gradient"):
+        y = remnant.feed_forward(x, w1, None, w2, None, policy="quantized:bits=4")
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="bits"):
+        remnant.feed_forward(x, w1, None, w2, None, policy="quantized:bits=3")
+    empty = torch.empty(0, 4, dtype=torch.float64, requires_grad=True)
+    y = remnant.feed_forward(empty, w1, None, w2, None, policy="quantized:bits=4")
+    assert torch.autograd.grad(y.sum(), w1)[0].abs().sum() == 0
+
+
 @pytest.mark.parametrize("frozen", range(5))
 def test_feed_forward_with_one_thing_wanted(frozen):
     inputs = leaves(torch.float64, (9, 4), (6, 4), (6,), (5, 6), (5,))
@@ -277,6 +405,8 @@ def test_opcheck(requires_grad):
     layer = [t.detach().requires_grad_(requires_grad) for t in leaves(torch.float32, (7, 4), (6, 4), (6,), (3, 6), (3,))]
     opcheck(ops.feed_forward.default, tuple(layer))
     opcheck(ops.feed_forward.default, tuple(layer), dict(dropout=0.5), test_utils=("test_schema", "test_faketensor"))
+    coded = (*layer, "gelu", 0.1, 4)
+    opcheck(ops.feed_forward_coded.default, coded, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
     block = [
         t.detach().requires_grad_(requires_grad)
         for t in leaves(torch.float32, (2, 5, 4), (2, 3, 4), (12, 4), (12,), (4, 4), (4,))

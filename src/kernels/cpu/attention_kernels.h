@@ -1,5 +1,6 @@
 #pragma once
 
+#include "kernels/hidden_codes.h"
 #include "kernels/philox.h"
 
 #include <cstdint>
@@ -136,7 +137,6 @@ struct CrossEntropyRows {
   T* losses = nullptr;    // one a row, 0 where ignored
 };
 
-enum class HiddenActivation : uint8_t { relu, gelu };  // gelu: by the normal distribution's own function
 
 /// Rows of a feed-forward block's hidden layer, contiguous. Element (i, j) is dropped by column j of row
 /// first_row + i of head 0, as an attention matrix's would be.
@@ -152,6 +152,11 @@ struct HiddenRows {
   T* hidden = nullptr;
   /// Backward: gradient of those, turned into the products'.
   T* grad = nullptr;
+  /// What stands for the products in a backward from codes (kernels/hidden_codes.h); row i's begin at
+  /// (first_row + i) * code_row_bytes. `bits` are hidden_code_bits(); grid null for relu.
+  uint8_t* codes = nullptr;
+  int64_t code_row_bytes = 0, bits = 0;
+  const HiddenGrid<T>* grid = nullptr;
 };
 
 struct CpuKernels {
@@ -174,6 +179,11 @@ struct CpuKernels {
   void (*hidden_forward_double)(const HiddenRows<double>&, int64_t begin, int64_t end);
   void (*hidden_backward_float)(const HiddenRows<float>&, int64_t begin, int64_t end);
   void (*hidden_backward_double)(const HiddenRows<double>&, int64_t begin, int64_t end);
+  /// hidden_forward that writes codes, and hidden_backward from codes: `hidden` is written alone.
+  void (*hidden_encode_float)(const HiddenRows<float>&, int64_t begin, int64_t end);
+  void (*hidden_encode_double)(const HiddenRows<double>&, int64_t begin, int64_t end);
+  void (*hidden_decode_float)(const HiddenRows<float>&, int64_t begin, int64_t end);
+  void (*hidden_decode_double)(const HiddenRows<double>&, int64_t begin, int64_t end);
 };
 
 /// The best this machine runs, or the one that the environment variable REMNANT_CPU names

@@ -1,69 +1,11 @@
 // Low-bit storage by stochastic rounding, unbiased: E[decode(encode(x))] = x. Memory's speed is the aim, so a
 // group's codes are laid out such that packing is an OR of vectors.
 
-#include "kernels/cpu/elements.h"
+#include "kernels/cpu/low_bits.h"
 #include "kernels/cpu/variants.h"
-
-#include <bit>
-#include <cmath>
 
 namespace remnant::kernels::REMNANT_VARIANT {
 namespace {
-
-constexpr uint16_t kNan = 0x7fc0;
-// Steps below it would have no finite inverse.
-constexpr float kLeastStep = 0x1p-120f;
-
-REMNANT_ALWAYS_INLINE float widen_bfloat16(uint16_t bits) {
-  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
-}
-// The nearest bfloat16 that is no greater (kUp: no less).
-template <bool kUp, typename T>
-REMNANT_ALWAYS_INLINE uint16_t narrow_outwards(T x) {
-  auto f = static_cast<float>(x);
-  if (kUp ? static_cast<T>(f) < x : static_cast<T>(f) > x) {
-    f = std::nextafter(
-        f, kUp ? std::numeric_limits<float>::infinity() : -std::numeric_limits<float>::infinity());
-  }
-  const auto bits = std::bit_cast<uint32_t>(f);
-  const bool away = ((bits >> 31) != 0) != kUp && (bits & 0xffffu) != 0;  // truncation goes towards 0
-  return static_cast<uint16_t>((bits >> 16) + (away ? 1 : 0));
-}
-
-template <typename T>
-struct BytesOf {
-  typedef uint8_t Type __attribute__((vector_size(kWidth<T>)));
-  typedef uint8_t Loose __attribute__((vector_size(kWidth<T>), aligned(1), may_alias));
-};
-
-template <typename T>
-REMNANT_ALWAYS_INLINE T highest_lane(Vector<T> v) {
-  T best = v[0];
-  for (int l = 1; l < kWidth<T>; ++l) best = v[l] > best ? v[l] : best;
-  return best;
-}
-
-// Codes of a group, one a byte, to bits and back; kWhole: size is kCodeGroup.
-template <bool kWhole, int kBits>
-REMNANT_ALWAYS_INLINE void pack(const uint8_t* codes, int64_t size, uint8_t* out) {
-  const int64_t stride = kWhole ? kCodeGroup * kBits / 8 : (size * kBits + 7) / 8;
-  for (int64_t k = 0; k < stride; ++k) {
-    uint32_t byte = codes[k];
-    for (int part = 1; part < 8 / kBits; ++part) {
-      byte |= static_cast<uint32_t>(codes[k + part * stride]) << (part * kBits);
-    }
-    out[k] = static_cast<uint8_t>(byte);
-  }
-}
-template <bool kWhole, int kBits>
-REMNANT_ALWAYS_INLINE void unpack(const uint8_t* in, int64_t size, uint8_t* codes) {
-  const int64_t stride = kWhole ? kCodeGroup * kBits / 8 : (size * kBits + 7) / 8;
-  for (int part = 0; part < 8 / kBits; ++part) {
-    for (int64_t k = 0; k < stride; ++k) {
-      codes[k + part * stride] = static_cast<uint8_t>((in[k] >> (part * kBits)) & ((1 << kBits) - 1));
-    }
-  }
-}
 
 template <bool kWhole, int kBits, bool kKinked, typename S>
 REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t* random, uint8_t* out,

@@ -130,7 +130,11 @@ namespace {
                                    others::hidden_forward<float>,                                 \
                                    others::hidden_forward<double>,                                \
                                    others::hidden_backward<float>,                                \
-                                   others::hidden_backward<double>};                              \
+                                   others::hidden_backward<double>,                               \
+                                   others::hidden_encode<float>,                                  \
+                                   others::hidden_encode<double>,                                 \
+                                   others::hidden_decode<float>,                                  \
+                                   others::hidden_decode<double>};                                \
   constexpr StepKernels k_step_##variant {                                                        \
     others::norm_forward, others::norm_backward, others::dropout_add, others::activation_forward, \
         others::activation_backward, others::encode, others::decode, others::transpose_floats,    \

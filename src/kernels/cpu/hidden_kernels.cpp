@@ -1,10 +1,8 @@
 // The hidden layer of a feed-forward block: bias, activation and dropout in one pass, and what the
-// backward needs of them in another.
+// backward needs of them in another; or codes in between (kernels/hidden_codes.h).
 
-#include "kernels/cpu/elements.h"
+#include "kernels/cpu/low_bits.h"
 #include "kernels/cpu/variants.h"
-
-#include <cmath>
 
 namespace remnant::kernels::REMNANT_VARIANT {
 namespace {
@@ -72,7 +70,307 @@ REMNANT_ALWAYS_INLINE void for_row(const HiddenRows<T>& rows, int64_t row, const
   }
 }
 
+// --- codes -----------------------------------------------------------------------------------------
+
+// table[index] in each lane.
+template <typename T>
+REMNANT_ALWAYS_INLINE Vector<T> lookup(const T* table, Bits<T> index) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vector<T>)_mm512_i32gather_ps((__m512i)index, table, 4);
+  } else {
+    return (Vector<T>)_mm512_i64gather_pd((__m512i)index, table, 8);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vector<T>)_mm256_i32gather_ps(table, (__m256i)index, 4);
+  } else {
+    return (Vector<T>)_mm256_i64gather_pd(table, (__m256i)index, 8);
+  }
+#else
+  Vector<T> found{};
+  for (int l = 0; l < kWidth<T>; ++l) found[l] = table[index[l]];
+  return found;
+#endif
+}
+REMNANT_ALWAYS_INLINE Bits<float> lookup_arc(const int32_t* table, Bits<float> index) {
+#if defined(__AVX512F__)
+  return (Bits<float>)_mm512_i32gather_epi32((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+  return (Bits<float>)_mm256_i32gather_epi32(table, (__m256i)index, 4);
+#else
+  Bits<float> found{};
+  for (int l = 0; l < kWidth<float>; ++l) found[l] = table[index[l]];
+  return found;
+#endif
+}
+REMNANT_ALWAYS_INLINE Bits<double> lookup_arc(const int32_t* table, Bits<double> index) {
+  Bits<double> found{};
+  for (int l = 0; l < kWidth<double>; ++l) found[l] = table[index[l]];
+  return found;
+}
+
+// The corner of x's arc that u, uniform in (0, 1), draws.
+template <typename T>
+REMNANT_ALWAYS_INLINE Bits<T> draw_code(const HiddenGrid<T>& grid, Vector<T> x, Vector<T> value,
+                                        Vector<T> derivative, Vector<T> u) {
+  using Grid = HiddenGrid<T>;
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr T edge = static_cast<T>(Grid::edge), scale = static_cast<T>(Grid::places / (2 * Grid::edge));
+  // NaN is on no side of a bound: the comparison is false, and place 0 is as good as any.
+  const Vector<T> bounded = x > -edge ? (x < edge ? x : broadcast(edge)) : broadcast(-edge);
+  const Bits<T> place = __builtin_convertvector((bounded + edge) * scale, Bits<T>);
+  Bits<T> arc = lookup_arc(grid.arc_of, place < static_cast<Lane>(Grid::places)
+                                            ? place
+                                            : Bits<T>{} + static_cast<Lane>(Grid::places - 1));
+  const Bits<T> beyond = (Bits<T>)(x >= edge);
+  Bits<T> nan =
+      ~((Bits<T>)(x <= grid.far[grid.far_points]) & (Bits<T>)(x >= std::numeric_limits<T>::lowest()));
+  if (bits_of<T>(beyond) != 0) {
+    for (int64_t i = 0; i < grid.far_points; ++i) {
+      arc = x >= grid.far[i] ? Bits<T>{} + static_cast<Lane>(grid.far_arc + i) : arc;
+    }
+  }
+  const auto weight = [&](const T(&of)[3][Grid::most_arcs]) __attribute__((always_inline)) {
+    return lookup<T>(of[0], arc) * value + (lookup<T>(of[1], arc) * derivative + lookup<T>(of[2], arc));
+  };
+  const Bits<T> first = __builtin_convertvector(lookup<T>(grid.code, arc), Bits<T>);
+  // beyond is -1 where it holds.
+  const Bits<T> last = first + static_cast<Lane>(2) + beyond;
+  Bits<T> code = u > T(1) - weight(grid.first) ? first : first + static_cast<Lane>(1);
+  code = u < weight(grid.last) ? last : code;
+  return nan != 0 ? Bits<T>{} + static_cast<Lane>((1 << grid.bits) - 1) : code;
+}
+
+template <typename T>
+REMNANT_ALWAYS_INLINE Vector<T> uniform(const uint16_t* random) {
+  return __builtin_convertvector((Bits<T>)widen<T>(load_shorts<T>(random)), Vector<T>) * T(0x1p-16) +
+         T(0x1p-17);
+}
+
+template <typename T>
+REMNANT_ALWAYS_INLINE void store_bytes(uint8_t* out, Bits<T> code) {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  *reinterpret_cast<typename BytesOf<T>::Loose*>(out) =
+      __builtin_convertvector(code & static_cast<Lane>(255), typename BytesOf<T>::Type);
+}
+template <typename T>
+REMNANT_ALWAYS_INLINE Bits<T> load_bytes(const uint8_t* in) {
+  return __builtin_convertvector(
+      (typename BytesOf<T>::Type) * reinterpret_cast<const typename BytesOf<T>::Loose*>(in), Bits<T>);
+}
+
+// Room for the codes of a group, one a byte, and for what packing and whole vectors reach beyond.
+constexpr int64_t kGroupRoom = 2 * kCodeGroup + 8;
+
+// Where a row's codes of group `group` are; `tops` at 6 bits alone, `step` for relu.
+struct GroupPlace {
+  uint8_t *low, *tops, *step;
+};
+template <typename T>
+REMNANT_ALWAYS_INLINE GroupPlace place_of(const HiddenRows<T>& rows, int64_t row, int64_t group) {
+  uint8_t* const codes = rows.codes + (rows.first_row + row) * rows.code_row_bytes;
+  const int64_t low_bits = rows.bits == 6 ? 4 : rows.bits;
+  uint8_t* const behind = codes + hidden_low_bytes(rows.bits, rows.columns);
+  return {codes + group * kCodeGroup * low_bits / 8, behind + group * kCodeGroup / 4, behind + group * 2};
+}
+
+template <bool kWhole>
+REMNANT_ALWAYS_INLINE void pack_group(int64_t bits, uint8_t* codes, int64_t size, const GroupPlace& place) {
+  if (bits == 8) return pack<kWhole, 8>(codes, size, place.low);
+  if (bits == 2) return pack<kWhole, 2>(codes, size, place.low);
+  if (bits == 6) {
+    uint8_t tops[kGroupRoom] = {};
+    for (int64_t k = 0; k < size; ++k) {
+      tops[k] = static_cast<uint8_t>(codes[k] >> 4);
+      codes[k] &= 15;
+    }
+    pack<kWhole, 2>(tops, size, place.tops);
+  }
+  pack<kWhole, 4>(codes, size, place.low);
+}
+template <bool kWhole>
+REMNANT_ALWAYS_INLINE void unpack_group(int64_t bits, const GroupPlace& place, int64_t size, uint8_t* codes) {
+  if (bits == 8) return unpack<kWhole, 8>(place.low, size, codes);
+  if (bits == 2) return unpack<kWhole, 2>(place.low, size, codes);
+  unpack<kWhole, 4>(place.low, size, codes);
+  if (bits == 6) {
+    uint8_t tops[kGroupRoom];
+    unpack<kWhole, 2>(place.tops, size, tops);
+    for (int64_t k = 0; k < size; ++k) codes[k] = static_cast<uint8_t>(codes[k] | tops[k] << 4);
+  }
+}
+
+// Products of a group -> codes of what they become.
+template <typename T>
+REMNANT_ALWAYS_INLINE void encode_gelu(const HiddenGrid<T>& grid, Vector<T> x, Vector<T> cdf,
+                                       const uint16_t* random, uint8_t* codes) {
+  store_bytes<T>(codes, draw_code<T>(grid, x, x * cdf, slope<T>(x, cdf), uniform<T>(random)));
+}
+
+template <typename T>
+REMNANT_ALWAYS_INLINE void encode_relu(const T* x, int64_t size, int64_t bits, const uint16_t* random,
+                                       uint8_t* codes, uint8_t* step_bytes) {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const T levels = static_cast<T>((1 << bits) - 2);
+  Vector<T> highest{};
+  Bits<T> wrong{};
+  for (int64_t j = 0; j < size; j += kWidth<T>) {
+    const Vector<T> v = load(x + j);
+    highest = v > highest ? v : highest;
+    wrong |= ~((v < T(0) ? -v : v) <= std::numeric_limits<T>::max());
+  }
+  const T above = highest_lane<T>(highest);
+  uint16_t step = kNan;
+  T inverse = 0;
+  if (bits_of<T>(wrong) == 0 && above <= static_cast<T>(std::numeric_limits<float>::max())) {
+    const T exact = above / levels;
+    step = narrow_outwards<true>(exact > 0 && exact < T(kLeastStep) ? T(kLeastStep) : exact);
+    inverse = step == 0 ? T(0) : T(1) / widen_bfloat16(step);
+  }
+  std::memcpy(step_bytes, &step, sizeof(step));
+  for (int64_t j = 0; j < size; j += kWidth<T>) {
+    const Vector<T> v = load(x + j);
+    const Vector<T> level = v * inverse + uniform<T>(random + j);
+    const Bits<T> code =
+        __builtin_convertvector(level < levels ? level : broadcast(levels), Bits<T>) + static_cast<Lane>(1);
+    store_bytes<T>(codes + j, v > T(0) ? code : Bits<T>{});
+  }
+}
+
+template <typename T>
+REMNANT_ALWAYS_INLINE void encode_row(const HiddenRows<T>& rows, int64_t row) {
+  constexpr int64_t width = kWidth<T>, drawn = kWidth<uint64_t> * kDropoutColumns;
+  alignas(64) uint16_t drops[kColumns], random[kColumns + drawn];
+  T* const hidden = rows.hidden + row * rows.columns;
+  for (int64_t first = 0; first < rows.columns; first += kColumns) {
+    const int64_t columns = std::min(rows.columns - first, kColumns);
+    if (rows.threshold > 0) {
+      dropout_bits(rows.seed, 0, rows.first_row + row, 1, first / kDropoutColumns,
+                   (columns + kDropoutColumns - 1) / kDropoutColumns, drops);
+    }
+    for (int64_t j = 0; j < columns; j += drawn) {
+      random_blocks<1>(rows.seed, Stream::rounding, static_cast<uint32_t>(rows.first_row + row),
+                       static_cast<uint32_t>((first + j) / kDropoutColumns), random + j);
+    }
+    for (int64_t j = 0; j < columns; j += kCodeGroup) {
+      const int64_t size = std::min(columns - j, kCodeGroup);
+      const GroupPlace place = place_of(rows, row, (first + j) / kCodeGroup);
+      alignas(64) T x[kCodeGroup];
+      alignas(64) uint8_t codes[kGroupRoom];
+      if (size < kCodeGroup) {
+        std::memset(codes, 0, sizeof(codes));
+        std::memset(x, 0, sizeof(x));
+      }
+      for (int64_t k = 0; k < size; k += width) {
+        const int64_t count = std::min(size - k, width), at = first + j + k;
+        Vector<T> v = count == width ? load(hidden + at) : load_part(hidden + at, count);
+        if (rows.bias != nullptr)
+          v += count == width ? load(rows.bias + at) : load_part(rows.bias + at, count);
+        const Vector<T> factor = rows.threshold > 0
+                                     ? dropout_factor<T>(drops + j + k, rows.threshold, rows.keep_scale)
+                                     : broadcast(T(1));
+        Vector<T> y;
+        if (rows.activation == HiddenActivation::relu) {
+          store(x + k, v);
+          y = activate<T>(v, HiddenActivation::relu) * factor;
+        } else {
+          const Vector<T> cdf = normal_cdf(v);
+          encode_gelu<T>(*rows.grid, v, cdf, random + j + k, codes + k);
+          y = v * cdf * factor;
+        }
+        if (count == width) {
+          store(hidden + at, y);
+        } else {
+          store_part(hidden + at, y, count);
+        }
+      }
+      if (rows.activation == HiddenActivation::relu) {
+        encode_relu<T>(x, size, rows.bits, random + j, codes, place.step);
+      }
+      if (size == kCodeGroup) {
+        pack_group<true>(rows.bits, codes, size, place);
+      } else {
+        std::memset(codes + size, 0, static_cast<size_t>(kGroupRoom - size));
+        pack_group<false>(rows.bits, codes, size, place);
+      }
+    }
+  }
+}
+
+template <typename T>
+REMNANT_ALWAYS_INLINE void decode_row(const HiddenRows<T>& rows, int64_t row) {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr int64_t width = kWidth<T>;
+  alignas(64) uint16_t drops[kColumns];
+  T* const hidden = rows.hidden + row * rows.columns;
+  T* const grad = rows.grad + row * rows.columns;
+  const bool relu = rows.activation == HiddenActivation::relu;
+  for (int64_t first = 0; first < rows.columns; first += kColumns) {
+    const int64_t columns = std::min(rows.columns - first, kColumns);
+    if (rows.threshold > 0) {
+      dropout_bits(rows.seed, 0, rows.first_row + row, 1, first / kDropoutColumns,
+                   (columns + kDropoutColumns - 1) / kDropoutColumns, drops);
+    }
+    for (int64_t j = 0; j < columns; j += kCodeGroup) {
+      const int64_t size = std::min(columns - j, kCodeGroup);
+      const GroupPlace place = place_of(rows, row, (first + j) / kCodeGroup);
+      alignas(64) uint8_t codes[kGroupRoom] = {};
+      if (size == kCodeGroup) {
+        unpack_group<true>(rows.bits, place, size, codes);
+      } else {
+        unpack_group<false>(rows.bits, place, size, codes);
+      }
+      T step = 0, nothing = 0;
+      if (relu) {
+        uint16_t bits;
+        std::memcpy(&bits, place.step, sizeof(bits));
+        step = widen_bfloat16(bits);
+        nothing = step - step;  // NaN for a group that has it
+      }
+      for (int64_t k = 0; k < size; k += width) {
+        const int64_t count = std::min(size - k, width), at = first + j + k;
+        const bool whole = count == width;
+        const Vector<T> factor = rows.threshold > 0
+                                     ? dropout_factor<T>(drops + j + k, rows.threshold, rows.keep_scale)
+                                     : broadcast(T(1));
+        const Bits<T> code = load_bytes<T>(codes + k);
+        Vector<T> y, derivative;
+        if (relu) {
+          const Bits<T> passes = code > static_cast<Lane>(0);
+          y = passes ? __builtin_convertvector(code - static_cast<Lane>(1), Vector<T>) * step : Vector<T>{};
+          derivative = passes ? broadcast(T(1)) : Vector<T>{};
+          y += nothing;
+          derivative += nothing;
+        } else {
+          y = lookup<T>(rows.grid->value, code);
+          derivative = lookup<T>(rows.grid->slope, code);
+        }
+        y *= factor;
+        const Vector<T> g = (whole ? load(grad + at) : load_part(grad + at, count)) * factor * derivative;
+        if (whole) {
+          store(hidden + at, y);
+          store(grad + at, g);
+        } else {
+          store_part(hidden + at, y, count);
+          store_part(grad + at, g, count);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
+
+template <typename T>
+void hidden_encode(const HiddenRows<T>& rows, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) encode_row(rows, i);
+}
+
+template <typename T>
+void hidden_decode(const HiddenRows<T>& rows, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) decode_row(rows, i);
+}
 
 template <typename T>
 void hidden_forward(const HiddenRows<T>& rows, int64_t begin, int64_t end) {
@@ -122,5 +420,9 @@ template void hidden_forward(const HiddenRows<float>&, int64_t, int64_t);
 template void hidden_forward(const HiddenRows<double>&, int64_t, int64_t);
 template void hidden_backward(const HiddenRows<float>&, int64_t, int64_t);
 template void hidden_backward(const HiddenRows<double>&, int64_t, int64_t);
+template void hidden_encode(const HiddenRows<float>&, int64_t, int64_t);
+template void hidden_encode(const HiddenRows<double>&, int64_t, int64_t);
+template void hidden_decode(const HiddenRows<float>&, int64_t, int64_t);
+template void hidden_decode(const HiddenRows<double>&, int64_t, int64_t);
 
 }  // namespace remnant::kernels::REMNANT_VARIANT

@@ -22,6 +22,10 @@
   void hidden_forward(const HiddenRows<T>& rows, int64_t begin, int64_t end);                              \
   template <typename T>                                                                                    \
   void hidden_backward(const HiddenRows<T>& rows, int64_t begin, int64_t end);                             \
+  template <typename T>                                                                                    \
+  void hidden_encode(const HiddenRows<T>& rows, int64_t begin, int64_t end);                               \
+  template <typename T>                                                                                    \
+  void hidden_decode(const HiddenRows<T>& rows, int64_t begin, int64_t end);                               \
   void norm_forward(const NormForward& problem, int64_t begin, int64_t end, void* scratch);                \
   void norm_backward(const NormBackward& problem, int64_t begin, int64_t end, void* scratch);              \
   void dropout_add(const DropoutAdd& problem, int64_t begin, int64_t end);                                 \
