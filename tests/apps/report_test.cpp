@@ -100,6 +100,19 @@ TEST(Report, MemoryAddsUpByLayerAndUnknownStaysUnknown) {
   EXPECT_THROW(memory_by_layer(ordered_json::parse(R"({"rows": [{"layer": 3}]})"), "memory.json"), Error);
 }
 
+TEST(Report, LayersThatAreForetoldComeBeforeRows) {
+  const ordered_json memory = ordered_json::parse(R"({"rows": [], "layers": [
+    {"layer": "a", "kept_bytes": 10, "predicted_bytes": 11, "eager_bytes": 40}]})");
+  const std::vector<LayerMemory> layers = memory_by_layer(memory, "memory.json");
+  ASSERT_EQ(layers.size(), 1u);
+  EXPECT_EQ(layers[0].kept, 10);
+  EXPECT_EQ(layers[0].described_kept, 10);
+  EXPECT_EQ(layers[0].predicted, 11);
+  EXPECT_EQ(layers[0].eager, 40);
+  EXPECT_THROW(memory_by_layer(ordered_json::parse(R"({"rows": [], "layers": [{"layer": "a"}]})"), "memory.json"),
+               Error);
+}
+
 TEST(Report, ThePeakIsLabelledWithItsPhase) {
   const Timeline timeline{.step = 2,
                           .kept_bytes = 6000,

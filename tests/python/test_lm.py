@@ -53,6 +53,7 @@ def test_training_lowers_the_loss_and_writes_the_run(trained):
     memory = json.loads((run / "memory.json").read_text())
     assert sum(row["kept_bytes"] for row in memory["rows"]) == memory["kept_bytes"]
     assert any(row["layer"].startswith("encoder.layers.0") for row in memory["rows"])
+    assert sum(layer["kept_bytes"] for layer in memory["layers"]) == memory["kept_bytes"]
     assert list(run.glob("**/*tfevents*"))
     assert len(re.findall(r"^epoch \d", result.stdout, re.M)) == 6
 
@@ -142,7 +143,11 @@ def test_memory_settings(lm, tmp_path):
         assert losses(run)[0] == pytest.approx(first, rel=0.05)
         assert all(math.isfinite(loss) for loss in losses(run))
         assert json.loads((run / "config.json").read_text())["memory"] == setting
-        kept[setting] = json.loads((run / "memory.json").read_text())["kept_bytes"]
+        memory = json.loads((run / "memory.json").read_text())
+        kept[setting] = memory["kept_bytes"]
+        # Both foretold from smaller batches.
+        assert sum(layer["predicted_bytes"] for layer in memory["layers"]) == pytest.approx(kept[setting], rel=0.01)
+        assert sum(layer["eager_bytes"] for layer in memory["layers"]) == pytest.approx(kept["eager"], rel=0.01)
     values = list(kept.values())
     assert values[0] > values[2] > values[3] > values[4]
     assert values[1] < 0.5 * values[0]

@@ -176,30 +176,23 @@ def test_curves_equal_the_files(page, runs):
 
 
 def test_memory_equals_the_files(page, runs):
-    known = 0
     for place, run in enumerate(runs):
         memory = load(run, "memory.json")
         table = page.table(f"memory{place}-table")
-        assert table.pop("total")[0] == memory["kept_bytes"]
-        layers = {}
-        for row in memory["rows"]:
-            layers.setdefault(row["layer"] or "outside of layers", []).append(row)
-        assert list(table) == list(layers)
-        for layer, rows in layers.items():
-            described = [row for row in rows if row["predicted_bytes"] is not None or row["eager_bytes"] is not None]
-            known += len(described)
-            expected = [sum(row["kept_bytes"] for row in rows)]
-            for part, key in [(described, "kept_bytes"), (rows, "predicted_bytes"), (rows, "eager_bytes")]:
-                values = [row[key] for row in part if row[key] is not None]
-                expected.append(sum(values) if values else "–")
-            assert table[layer] == expected, layer
-            assert page.table("memory-table")[layer][place] == expected[0]
+        totals = [sum(layer[key] for layer in memory["layers"])
+                  for key in ("kept_bytes", "predicted_bytes", "eager_bytes")]
+        assert table.pop("total") == totals and totals[0] == memory["kept_bytes"]
+        assert list(table) == [layer["layer"] or "outside of layers" for layer in memory["layers"]]
+        for layer in memory["layers"]:
+            expected = [layer[key] for key in ("kept_bytes", "predicted_bytes", "eager_bytes")]
+            assert table[layer["layer"] or "outside of layers"] == expected
+            assert layer["kept_bytes"] == sum(row["kept_bytes"] for row in memory["rows"] if row["layer"] == layer["layer"])
+            assert page.table("memory-table")[layer["layer"] or "outside of layers"][place] == expected[0]
         ops = page.tables[f"memory{place}-rows"][1:]
         assert [row[1] for row in ops] == [row["op"] for row in memory["rows"]]
         for shown, row in zip(ops, memory["rows"], strict=True):
             expected = [row[key] for key in ["count", "kept_bytes", "predicted_bytes", "eager_bytes"]]
             assert shown[5:] == ["–" if value is None else value for value in expected]
-    assert known > 0
     assert page.table("memory-table")["total"] == [load(run, "memory.json")["kept_bytes"] for run in runs]
 
 

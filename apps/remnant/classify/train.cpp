@@ -103,10 +103,20 @@ class ClassificationTask final : public Task {
                      [&](const auto& a, const auto& b) { return cells(a) < cells(b); });
     const auto texts = static_cast<int64_t>(middle->size());
     const int64_t length = cells(*middle) / texts;
-    return {minibatch(*middle),
+    const Batch batch = make_batch(data_.train, *middle);
+    const auto part = [this, batch](int64_t count, int64_t /*length*/) {
+      Batch first = batch;
+      first.ids = batch.ids.narrow(0, 0, count).contiguous();
+      if (batch.padding.defined()) first.padding = batch.padding.narrow(0, 0, count).contiguous();
+      first.labels = batch.labels.narrow(0, 0, count).contiguous();
+      return minibatch(first);
+    };
+    return {minibatch(batch),
             {{"texts", texts}, {"length", length}},
             std::to_string(texts) + " x " + std::to_string(length) + " words",
-            attention_bytes(options_, texts, length, length)};
+            attention_bytes(options_, texts, length, length),
+            part,
+            texts};
   }
 
   std::string describe() const override {
@@ -162,9 +172,9 @@ class ClassificationTask final : public Task {
   }
 
  private:
-  Minibatch minibatch(const std::vector<int64_t>& rows) {
-    const Batch batch = make_batch(data_.train, rows);
-    Minibatch made{static_cast<int64_t>(rows.size()), batch.tokens, {batch.ids, batch.labels}, [this, batch] {
+  Minibatch minibatch(const std::vector<int64_t>& rows) { return minibatch(make_batch(data_.train, rows)); }
+  Minibatch minibatch(const Batch& batch) {
+    Minibatch made{batch.ids.size(0), batch.tokens, {batch.ids, batch.labels}, [this, batch] {
                      return model_->loss(batch.ids, batch.padding, batch.labels);
                    }};
     if (batch.padding.defined()) made.inputs.push_back(batch.padding);

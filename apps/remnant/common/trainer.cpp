@@ -263,6 +263,75 @@ class Trainer {
     return largest;
   }
 
+  using BytesByLayer = std::map<std::string, double>;
+
+  static BytesByLayer by_layer(const memory::Report& report) {
+    BytesByLayer sums;
+    for (const memory::SavedRow& row : report.rows) sums[row.layer] += static_cast<double>(row.kept_bytes);
+    return sums;
+  }
+
+  /// What a batch of probe.sequences keeps, from two of its examples and from four: linear in their number
+  /// (one alone may do without copies), and at `lengths` other than the batch's a parabola in the length.
+  BytesByLayer extrapolate(const Probe& probe, const std::vector<int64_t>& lengths) {
+    const auto weight = [](const std::vector<int64_t>& nodes, size_t i, int64_t x) {
+      double product = 1;
+      for (size_t j = 0; j < nodes.size(); ++j) {
+        if (j == i) continue;
+        product *= static_cast<double>(x - nodes[j]) / static_cast<double>(nodes[i] - nodes[j]);
+      }
+      return product;
+    };
+    std::vector<int64_t> numbers{1};
+    if (probe.sequences >= 2) numbers = {1, 2};
+    if (probe.sequences >= 4) numbers = {2, 4};
+    BytesByLayer sums;
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      for (size_t j = 0; j < lengths.size(); ++j) {
+        const Minibatch part = probe.part(numbers[i], lengths[j]);
+        const memory::Recorder recorder(&model_);
+        const Tensor loss = batch_loss(part, part.terms, bf16());
+        const double share = weight(numbers, i, probe.sequences) * weight(lengths, j, probe.length);
+        for (const auto& [layer, bytes] : by_layer(recorder.report({loss}, part.inputs))) {
+          sums[layer] += share * bytes;
+        }
+      }
+    }
+    return sums;
+  }
+
+  /// Kept, predicted and eager's bytes of each layer. Eager's whole batch may not fit, so its parts are short
+  /// as well.
+  ordered_json foretell(const Probe& probe, const memory::Report& report) {
+    const BytesByLayer kept = by_layer(report), predicted = extrapolate(probe, {probe.length});
+    const auto settings = remnant::get_memory(model_);
+    remnant::set_memory(model_, Memory::eager());
+    constexpr int64_t shortest = 512;
+    std::vector<int64_t> lengths{probe.length};
+    if (const int64_t part = probe.length / 16; probe.length > shortest) lengths = {part, 2 * part, 3 * part};
+    const BytesByLayer eager = extrapolate(probe, lengths);
+    if (!settings.empty()) remnant::set_memory(model_, settings);
+    std::vector<std::string> order;
+    for (const memory::SavedRow& row : report.rows) {
+      if (std::find(order.begin(), order.end(), row.layer) == order.end()) order.push_back(row.layer);
+    }
+    for (const auto& [layer, bytes] : eager) {
+      if (!kept.contains(layer)) order.push_back(layer);
+    }
+    const auto bytes_of = [](const BytesByLayer& sums, const std::string& layer) {
+      const auto found = sums.find(layer);
+      return found == sums.end() ? int64_t{0} : static_cast<int64_t>(std::llround(found->second));
+    };
+    ordered_json layers = ordered_json::array();
+    for (const std::string& layer : order) {
+      layers.push_back({{"layer", layer},
+                        {"kept_bytes", bytes_of(kept, layer)},
+                        {"predicted_bytes", bytes_of(predicted, layer)},
+                        {"eager_bytes", bytes_of(eager, layer)}});
+    }
+    return layers;
+  }
+
   /// Layer by layer what a forward pass keeps.
   void write_memory() {
     const KeepRandomState keep;
@@ -280,6 +349,7 @@ class Trainer {
     if (probe.attention_residual_bytes.has_value()) {
       json["attention_residual_bytes"] = *probe.attention_residual_bytes;
     }
+    if (probe.part) json["layers"] = foretell(probe, report);
     run_.write_json("memory.json", json);
     if (!options_.quiet) {
       std::cerr << "a batch of " << probe.text << " keeps " << format_bytes(report.kept_bytes)

@@ -76,6 +76,10 @@ struct Probe {
   nlohmann::ordered_json shape;
   std::string text;                                 ///< "32 x 256 bytes"
   std::optional<int64_t> attention_residual_bytes;  ///< where the model has attention
+  /// The first `sequences` examples of the batch, cut to `length` positions where `length` above is not 0:
+  /// what the whole batch keeps is foretold from small parts, under this setting and under eager.
+  std::function<Minibatch(int64_t sequences, int64_t length)> part;
+  int64_t sequences = 0, length = 0;
 };
 
 /// What a program trains: its data, its model and its measures. Trainer does the rest.

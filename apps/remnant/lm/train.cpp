@@ -93,11 +93,21 @@ class LanguageTask final : public Task {
     start_epoch(0);
     const std::vector<Window> windows = windows_of(0);
     const auto sequences = static_cast<int64_t>(windows.size());
-    return {minibatch(windows),
+    const Minibatch whole = minibatch(windows);
+    const auto part = [this, whole](int64_t count, int64_t length) {
+      const auto cut = [&](const Tensor& x) {
+        return x.narrow(0, 0, count).narrow(1, 0, length).contiguous();
+      };
+      return minibatch(cut(whole.inputs[0]), cut(whole.inputs[1]));
+    };
+    return {whole,
             {{"sequences", sequences}, {"context", options_.context}},
             std::to_string(sequences) + " x " + std::to_string(options_.context) + " " +
                 text_.tokenizer->name() + "s",
-            attention_bytes(options_, sequences, options_.context, options_.context)};
+            attention_bytes(options_, sequences, options_.context, options_.context),
+            part,
+            sequences,
+            whole.inputs[0].size(1)};
   }
 
   std::string describe() const override {
@@ -147,7 +157,10 @@ class LanguageTask final : public Task {
 
   Minibatch minibatch(const std::vector<Window>& windows) {
     const auto [input, next] = window_tensors(text_.splits.train, windows);
-    return {input.numel(), input.numel(), {input, next}, [this, input = input, next = next] {
+    return minibatch(input, next);
+  }
+  Minibatch minibatch(const Tensor& input, const Tensor& next) {
+    return {input.numel(), input.numel(), {input, next}, [this, input, next] {
               return model_->loss(input, next);
             }};
   }

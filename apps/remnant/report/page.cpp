@@ -453,11 +453,14 @@ std::string memory_figure(const Run& run, size_t place) {
   const std::vector<LayerMemory> layers = memory_by_layer(*run.memory, run.path / "memory.json");
   const std::string id = "memory" + std::to_string(place);
   std::vector<BarGroup> groups;
-  Table table(id + "-table", "Kept by layer, " + run.name,
-              {"layer", "kept", "kept by ops with a prediction", "predicted", "eager"});
+  const bool whole = run.memory->contains("layers");  // layers, not single ops, are foretold
+  std::vector<std::string> columns{"layer", "kept", "kept by ops with a prediction", "predicted", "eager"};
+  if (whole) columns.erase(columns.begin() + 2);
+  Table table(id + "-table", "Kept by layer, " + run.name, columns);
   const bool described = std::any_of(layers.begin(), layers.end(), [](const LayerMemory& layer) {
     return layer.described_kept.has_value();
   });
+  double predicted = 0, eager = 0;
   for (const LayerMemory& layer : layers) {
     const auto part = static_cast<double>(layer.described_kept.value_or(0));
     const auto value = [](const std::optional<int64_t>& bytes) {
@@ -476,15 +479,27 @@ std::string memory_figure(const Run& run, size_t place) {
       group.bars.push_back({{{"eager", value(layer.eager)}}, "eager", format_bytes(*layer.eager), ""});
     }
     groups.push_back(std::move(group));
-    table.row(layer_name(layer.layer), {bytes_cell(layer.kept), bytes_cell(layer.described_kept),
-                                        bytes_cell(layer.predicted), bytes_cell(layer.eager)});
+    std::vector<Cell> cells{bytes_cell(layer.kept), bytes_cell(layer.described_kept),
+                            bytes_cell(layer.predicted), bytes_cell(layer.eager)};
+    if (whole) cells.erase(cells.begin() + 1);
+    table.row(layer_name(layer.layer), cells);
+    predicted += value(layer.predicted);
+    eager += value(layer.eager);
   }
   const std::optional<double> total = number(*run.memory, "kept_bytes");
-  table.row("total", {figure(total, show_bytes), dash(), dash(), dash()});
+  if (whole) {
+    table.row("total", {figure(total, show_bytes), figure(predicted, show_bytes), figure(eager, show_bytes)});
+  } else {
+    table.row("total", {figure(total, show_bytes), dash(), dash(), dash()});
+  }
   const std::string title = "Kept by layer, " + run.name;
   std::string html = "<figure" + data_run(place) + "><h3>" + escape(run.name) + "</h3>";
   std::vector<std::pair<std::string, std::string>> styles{{"kept", "kept"}};
-  if (described) {
+  if (whole) {
+    styles = {{"kept", "kept"},
+              {"predicted", "predicted from smaller batches"},
+              {"eager", "under --memory eager"}};
+  } else if (described) {
     styles = {{"kept", "kept by ops with a prediction"},
               {"rest", "kept by other ops"},
               {"predicted", "predicted for the former"},

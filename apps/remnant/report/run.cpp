@@ -163,6 +163,15 @@ std::vector<std::pair<double, double>> series(const Run& run, const std::string&
 
 std::vector<LayerMemory> memory_by_layer(const ordered_json& memory, const fs::path& file) {
   std::vector<LayerMemory> layers;
+  if (memory.contains("layers")) {
+    for (const ordered_json& row : field<std::vector<ordered_json>>(memory, "layers", file)) {
+      const auto kept = field<int64_t>(row, "kept_bytes", file);
+      layers.push_back({field<std::string>(row, "layer", file), kept, kept,
+                        field<int64_t>(row, "predicted_bytes", file),
+                        field<int64_t>(row, "eager_bytes", file)});
+    }
+    return layers;
+  }
   for (const ordered_json& row : field<std::vector<ordered_json>>(memory, "rows", file)) {
     const auto name = field<std::string>(row, "layer", file);
     const auto kept = field<int64_t>(row, "kept_bytes", file);

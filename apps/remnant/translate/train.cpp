@@ -98,11 +98,22 @@ class TranslationTask final : public Task {
     const auto residual = [&](int64_t queries, int64_t keys) {
       return attention_bytes(options_, sentences, queries, keys);
     };
+    const auto part = [this, batch](int64_t count, int64_t /*length*/) {
+      Batch first = batch;
+      first.source = batch.source.narrow(0, 0, count).contiguous();
+      if (batch.source_padding.defined()) {
+        first.source_padding = batch.source_padding.narrow(0, 0, count).contiguous();
+      }
+      first.target = batch.target.narrow(0, 0, count).contiguous();
+      return minibatch(*model_, first);
+    };
     return {minibatch(*model_, batch),
             {{"sentences", sentences}, {"source_length", source}, {"target_length", target}},
             std::to_string(sentences) + " x (" + std::to_string(source) + " + " + std::to_string(target) +
                 ") words",
-            residual(source, source) + residual(target, target) + residual(target, source)};
+            residual(source, source) + residual(target, target) + residual(target, source),
+            part,
+            sentences};
   }
 
   std::string describe() const override {

@@ -146,7 +146,11 @@ class VisionTask final : public Task {
   Probe probe() override {
     start_epoch(0);
     const auto images = static_cast<int64_t>(rows_.front().size());
-    return {minibatch(rows_.front()), {{"images", images}}, std::to_string(images) + " images", {}};
+    const Minibatch whole = minibatch(rows_.front());
+    const auto part = [this, whole](int64_t count, int64_t /*length*/) {
+      return minibatch({whole.inputs[0].narrow(0, 0, count), whole.inputs[1].narrow(0, 0, count)});
+    };
+    return {whole, {{"images", images}}, std::to_string(images) + " images", {}, part, images};
   }
 
   std::string describe() const override {
@@ -189,9 +193,10 @@ class VisionTask final : public Task {
 
  private:
   Minibatch minibatch(const std::vector<int64_t>& rows) {
-    const Batch batch =
-        make_batch(data_.set.train, rows, data_.normalisation, moves_, channels_last(options_));
-    const auto count = static_cast<int64_t>(rows.size());
+    return minibatch(make_batch(data_.set.train, rows, data_.normalisation, moves_, channels_last(options_)));
+  }
+  Minibatch minibatch(const Batch& batch) {
+    const int64_t count = batch.images.size(0);
     return {count, count, {batch.images, batch.labels}, [this, batch] {
               return model_->loss(batch.images, batch.labels);
             }};
