@@ -60,12 +60,16 @@ Tensor LayerNormImpl::forward(const Tensor& input) {
   if (memory_.norm_input || !is_training()) {
     return at::layer_norm(input, options.normalized_shape(), w, b, options.eps());
   }
-  return remnant::layer_norm(input, w, b, options.eps());
+  const std::string policy =
+      memory_.bits > 0 ? "quantized:bits=" + std::to_string(memory_.bits) : std::string("exact");
+  return remnant::layer_norm(input, w, b, options.eps(), policy);
 }
 
 void LayerNormImpl::pretty_print(std::ostream& stream) const {
   stream << "remnant::nn::LayerNorm(" << at::IntArrayRef(options.normalized_shape())
-         << ", eps=" << options.eps() << ", norm=" << (memory_.norm_input ? "input" : "output") << ")";
+         << ", eps=" << options.eps() << ", norm=" << (memory_.norm_input ? "input" : "output");
+  if (memory_.bits > 0) stream << ", bits=" << memory_.bits;
+  stream << ")";
 }
 
 }  // namespace remnant::nn

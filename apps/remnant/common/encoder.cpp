@@ -37,7 +37,7 @@ EncoderImpl::EncoderImpl(const EncoderOptions& options) : options_(options) {
                          .policy(options_.policy);
   layers_ = register_module("layers", torch::nn::ModuleList());
   for (int64_t i = 0; i < options_.layers; ++i) layers_->push_back(nn::TransformerEncoderLayer(layer));
-  norm_ = register_module("norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({options_.hidden})));
+  norm_ = register_module("norm", nn::LayerNorm(torch::nn::LayerNormOptions({options_.hidden})));
 
   const at::NoGradGuard no_grad;
   const double deviation = 0.02, narrower = deviation / std::sqrt(2.0 * static_cast<double>(options_.layers));
@@ -63,7 +63,6 @@ Tensor EncoderImpl::forward(const Tensor& ids, const Tensor& padding, bool causa
   for (const auto& layer : *layers_) {
     x = layer->as<nn::TransformerEncoderLayer>()->forward(x, {}, padding, causal);
   }
-  const memory::LayerScope scope("norm");
   return norm_(x);
 }
 

@@ -2,11 +2,11 @@
 
 #include "common/options.h"
 
+#include <remnant/nn/layers.h>
 #include <remnant/nn/transformer.h>
 
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/embedding.h>
-#include <torch/nn/modules/normalization.h>
 
 #include <cstdint>
 #include <vector>
@@ -47,7 +47,7 @@ class EncoderImpl : public torch::nn::Module {
   EncoderOptions options_;
   torch::nn::Embedding tokens_ = nullptr, positions_ = nullptr;
   torch::nn::ModuleList layers_ = nullptr;
-  torch::nn::LayerNorm norm_ = nullptr;
+  nn::LayerNorm norm_ = nullptr;
 };
 TORCH_MODULE(Encoder);
 

@@ -496,9 +496,8 @@ std::string memory_figure(const Run& run, size_t place) {
   std::string html = "<figure" + data_run(place) + "><h3>" + escape(run.name) + "</h3>";
   std::vector<std::pair<std::string, std::string>> styles{{"kept", "kept"}};
   if (whole) {
-    styles = {{"kept", "kept"},
-              {"predicted", "predicted from smaller batches"},
-              {"eager", "under --memory eager"}};
+    styles = {
+        {"kept", "kept"}, {"predicted", "predicted from smaller batches"}, {"eager", "under --memory eager"}};
   } else if (described) {
     styles = {{"kept", "kept by ops with a prediction"},
               {"rest", "kept by other ops"},
@@ -576,9 +575,10 @@ std::string memory(const std::vector<Run>& runs) {
   if (figures.empty()) return "<p>No run has written its memory.json yet.</p>\n";
   std::string html =
       "<p class=\"soft\">Storages that the graph holds for backward at the end of a forward "
-      "pass, each once. Predicted: an op\u2019s closed form. Eager: what PyTorch would keep "
-      "for the same op. Both are there for attention with a policy of its own; a dash says "
-      "that there is none.</p>\n";
+      "pass, each once. Predicted: from forward passes of smaller batches, in the table of ops an op\u2019s "
+      "closed "
+      "form. Eager: what the same layer would keep under --memory eager. A dash says that there is "
+      "none.</p>\n";
   html += memory_comparison(runs);
   return html + "<div class=\"grid\">\n" + figures + "</div>\n";
 }

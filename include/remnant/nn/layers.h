@@ -31,7 +31,8 @@ class REMNANT_API DropoutImpl : public torch::nn::Cloneable<DropoutImpl>, public
 TORCH_MODULE(Dropout);
 
 /// torch.nn.LayerNorm over the last dimension: parameters weight and bias. SAVES: its output, as
-/// remnant::layer_norm says, or with a setting's norm=input what PyTorch saves.
+/// remnant::layer_norm says, or with a setting's norm=input what PyTorch saves, with its bits codes of the
+/// output.
 class REMNANT_API LayerNormImpl : public torch::nn::Cloneable<LayerNormImpl>, public KeepsByChoice {
  public:
   explicit LayerNormImpl(std::vector<int64_t> normalized_shape)
