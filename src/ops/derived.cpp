@@ -1,6 +1,7 @@
 #include "ops/derived.h"
 
 #include "ops/step_common.h"
+#include "ops/weak_tensor.h"
 
 #include <bit>
 #include <mutex>
@@ -11,25 +12,6 @@ namespace remnant::ops {
 
 namespace {
 
-using Weak = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-
-// A tensor, or none, that others keep alive.
-struct Reference {
-  explicit Reference(const at::Tensor& x) : defined(x.defined()), weak(x.getIntrusivePtr()) {}
-  bool expired() const { return defined && weak.expired(); }
-  // Whether `out` is what it was.
-  bool lock(at::Tensor& out) const {
-    if (!defined) return true;
-    auto impl = weak.lock();
-    if (!impl) return false;
-    out = at::Tensor(std::move(impl));
-    return true;
-  }
-
-  bool defined;
-  Weak weak;
-};
-
 // The storage is held weakly, so that its address cannot come to mean another one while an entry lives.
 struct Entry {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
@@ -37,12 +19,12 @@ struct Entry {
   std::vector<int64_t> sizes, strides;
   at::ScalarType type;
   uint32_t version;
-  std::vector<Reference> tensors;
+  std::vector<WeakTensor> tensors;
   std::vector<int64_t> settings;
 
   bool expired() const {
     if (storage.expired()) return true;
-    for (const Reference& tensor : tensors) {
+    for (const WeakTensor& tensor : tensors) {
       if (tensor.expired()) return true;
     }
     return false;
@@ -171,6 +153,9 @@ void note_derived(const at::Tensor& y, Derived from) {
   from.format = format_of(y);
   from.type = y.scalar_type();
   Recipe recipe = pack(from);
+  for (const at::Tensor& tensor : recipe.tensors) {
+    if (tensor.defined() && !has_place(tensor)) return;
+  }
   Entry entry{y.storage().getWeakStorageImpl(),
               y.storage_offset(),
               y.sizes().vec(),
@@ -196,7 +181,11 @@ std::optional<Derived> find_derived(const at::Tensor& x) {
     }
     Recipe recipe{std::vector<at::Tensor>(e.tensors.size()), e.settings};
     bool whole = true;
-    for (size_t i = 0; i < e.tensors.size(); ++i) whole = whole && e.tensors[i].lock(recipe.tensors[i]);
+    for (size_t i = 0; whole && i < e.tensors.size(); ++i) {
+      auto tensor = e.tensors[i].lock();
+      whole = tensor.has_value();
+      if (whole) recipe.tensors[i] = *std::move(tensor);
+    }
     if (whole) return unpack(recipe);
   }
   return std::nullopt;

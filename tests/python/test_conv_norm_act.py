@@ -305,6 +305,40 @@ def test_shortcuts_and_units_that_convolve_again_keep_nothing(kind):
     assert size == x.numel() * 4 + 2 * small + 4 * large + rows(3, 4) + rows(4 + points, 8) + again
 
 
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4"])
+def test_hooks_that_detach_do_not_hide_what_is_kept(memory):
+    """They put another tensor over the same memory in the saved one's place."""
+    x = torch.randn(8, 16, 8, 8)
+    weights = [leaf(16, 16, 3, 3, dtype=torch.float32) for _ in range(3)]
+    p = parameters(16, torch.float32)
+    want, _ = kept(lambda: units(x, weights, p, memory))
+    held, left_out = {}, {t.data_ptr() for t in (*weights, *p.values())}
+
+    def pack(t):
+        held[t.data_ptr()] = t.detach()
+        return held[t.data_ptr()]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = units(x, weights, p, memory)
+    assert sum(t.untyped_storage().nbytes() for at, t in held.items() if at not in left_out) == want
+    ours = gradients(y, weights, torch.ones_like(y))
+    if memory == "exact":
+        for a, b in zip(ours, gradients(units(x, weights, p, memory), weights, torch.ones_like(y)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("changed", ["input", "weight"])
+def test_what_was_changed_in_place_is_not_convolved_again(changed):
+    """A reader that comes after the change keeps the output as it is."""
+    x, w, after = leaf(2, 4, 6, 6).detach(), leaf(4, 4, 1, 1), leaf(4, 4, 3, 3)
+    y = remnant.conv_norm_act(x, w, recompute=True)
+    want = torch.autograd.grad(reference(y.detach(), after, padding=1).square().sum(), after)[0]
+    with torch.no_grad():
+        (x if changed == "input" else w).mul_(3)
+    have = torch.autograd.grad(remnant.conv_norm_act(y, after, padding=1).square().sum(), after)[0]
+    torch.testing.assert_close(have, want)
+
+
 def test_a_unit_whose_input_comes_from_codes_does_not_convolve_again():
     x, w = leaf(2, 4, 6, 6, dtype=torch.float32), leaf(4, 4, 3, 3, dtype=torch.float32)
 
