@@ -130,18 +130,16 @@ at::Tensor unit_moments(const at::Tensor& x, const at::Tensor& pivot) {
   ConvUnit p = layout_of(x, sets);
   const at::Tensor pivots = as_sets(pivot, sets, x);
   const Chunks chunks(x.numel(), p.channels);
-  const int64_t threads = at::get_num_threads(), bytes = kernels::conv_unit_scratch_bytes(p.channels);
+  const int64_t threads = at::get_num_threads();
   at::Tensor sums = at::zeros({threads, 2, sets, p.channels}, x.options().dtype(at::kDouble));
-  const at::Tensor scratch = at::empty({threads, bytes}, x.options().dtype(at::kByte));
   p.x = x.const_data_ptr();
   p.shift = pivots.const_data_ptr();
   double* const all = sums.mutable_data_ptr<double>();
-  auto* const memory = scratch.mutable_data_ptr<uint8_t>();
   chunks.run([&](int64_t begin, int64_t end) {
     ConvUnit part = p;
     const int64_t thread = at::get_thread_num();
     part.sums = all + thread * 2 * sets * p.channels;
-    kernels::step_kernels().unit_moments(part, begin, end, memory + thread * bytes);
+    kernels::step_kernels().unit_moments(part, begin, end);
   });
   return sums.sum(0);
 }
@@ -331,16 +329,14 @@ at::Tensor unit_reduce(const at::Tensor& grad, const UnitKept& kept, int64_t set
   }
   ConvUnit p = layout_of(grad, sets);
   p.grad = grad.const_data_ptr();
-  const int64_t threads = at::get_num_threads(), bytes = kernels::conv_unit_scratch_bytes(p.channels);
+  const int64_t threads = at::get_num_threads();
   at::Tensor sums = at::zeros({threads, 2, sets, p.channels}, grad.options().dtype(at::kDouble));
-  const at::Tensor scratch = at::empty({threads, bytes}, grad.options().dtype(at::kByte));
   double* const all = sums.mutable_data_ptr<double>();
-  auto* const memory = scratch.mutable_data_ptr<uint8_t>();
   each_kept(p, grad, kept, [&](const ConvUnit& problem, int64_t begin, int64_t end) {
     ConvUnit part = problem;
     const int64_t thread = at::get_thread_num();
     part.sums = all + thread * 2 * sets * p.channels;
-    kernels::step_kernels().unit_reduce(part, begin, end, memory + thread * bytes);
+    kernels::step_kernels().unit_reduce(part, begin, end);
   });
   return sums.sum(0);
 }
