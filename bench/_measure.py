@@ -61,18 +61,29 @@ def kept_bytes(forward, inputs):
     return sum(storages.values())
 
 
-def peak_bytes(step):
-    """Highest sum of live allocations during the step, minus what is live before it."""
+def live_and_peak(run):
+    """Live bytes at the end of run(), while its result lives, and the highest; minus what is live before it."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+        result = run()
+    del result
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak
+    return live, peak
+
+
+def live_bytes(forward):
+    """What the allocator holds at the end of the forward, its output included."""
+    return live_and_peak(forward)[0]
+
+
+def peak_bytes(step):
+    """Highest sum of live allocations during the step, minus what is live before it."""
+    return live_and_peak(step)[1]
 
 
 def alternate(cases, repeats, inputs=None, row_seconds=math.inf):

@@ -1,5 +1,6 @@
-"""Convolutions that rebuild their input: one layer, a deep plain chain, and chains of coupling blocks.
+"""Convolutions that rebuild their input: one layer, a deep plain chain, chains of coupling blocks; and ResNets.
 
+resnet: ResNet-20 and ResNet-110, see bench/_resnet.py; the gradient's noise after --steps SGD steps.
 invert: conv3x3 of He weights, zero padding, 16 channels, 32x32, batch 16.
 plain chain: 32 layers conv3x3 32->32, BatchNorm, leaky_relu 0.5, 32x32, batch 64, dirac-orthogonal weights, after 200
 SGD steps on CIFAR-10 (REMNANT_DATA; without it on images drawn at random) between a small stem and head; as a second
@@ -18,6 +19,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import _resnet
 import numpy
 import torch
 from _measure import OUTPUT, arguments, kept_bytes, peak_bytes, write
@@ -35,6 +37,7 @@ TARGETS = {
     "plain_chain_depth32_kept_vs_eager": ("<=", 0.10),
     "plain_chain_depth32_gradient_error": ("<=", 1e-3),
     "plain_chain_depth32_step_vs_eager": ("<=", 2.0),
+    **_resnet.TARGETS,
 }
 
 
@@ -227,13 +230,15 @@ def couplings():
 
 def main():
     def add(parser):
-        parser.add_argument("--only", choices=["invert", "chain", "maxmin", "coupling"], help="this family alone")
-        parser.add_argument("--steps", type=int, default=200, help="training steps before the chain is measured")
+        parser.add_argument("--only", choices=["invert", "resnet", "chain", "maxmin", "coupling"], help="this family alone")
+        parser.add_argument("--steps", type=int, default=200, help="training steps before a network is measured")
+        parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
 
     options = arguments(__doc__, repeats=5, add_options=add)
     families = {
         "invert": invert,
         "coupling": couplings,
+        "resnet": lambda: _resnet.rows_and_figures(*images(), options),
         "chain": lambda: plain_chain("leaky", options.steps, options.repeats),
         "maxmin": lambda: plain_chain("maxmin", options.steps, options.repeats),
     }

@@ -194,6 +194,7 @@ def conv_norm_act(
     activation: str = "relu",
     memory: str = "exact",
     generator: torch.Generator | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """activation(norm(convolution(input, weight, bias)) + residual) as one unit that keeps one tensor, or its codes.
 
@@ -215,6 +216,8 @@ def conv_norm_act(
         activation: "relu", "leaky:slope=0.01", "silu" or "identity".
         memory: "eager", "exact", or "unbiased:bits=8", 4 or 2.
         generator: source of the codes' rounding; the default generator when None.
+        recompute: under "exact", keep the input alone and convolve again in backward; for a convolution that is cheap
+            beside what its output takes, such as a 1x1 shortcut or the first layer.
 
     Returns:
         The output in input's dtype and memory format.
@@ -251,7 +254,29 @@ def conv_norm_act(
         activation,
         memory,
         generator,
+        recompute,
     )
+
+
+def shortcut(input: Tensor, stride: int, channels: int, *, average: bool = False) -> Tensor:
+    """A residual block's shortcut without parameters: every stride-th position, then channels of zeros.
+
+    Args:
+        input: [N, C, L], [N, C, H, W] or [N, C, D, H, W].
+        stride: of every spatial dimension.
+        channels: of the output, at least C.
+        average: the mean of each window of stride positions a dimension instead of its first.
+
+    Returns:
+        [N, channels, ...], a new tensor in input's memory format.
+
+    Saves for backward: nothing. conv_norm_act keeps nothing of it as residual either where input is another unit's
+    output, which gives it back.
+
+    Raises:
+        RuntimeError: shapes, dtypes or numbers that do not fit.
+    """
+    return _ops.shortcut(input, stride, channels, average)
 
 
 def layer_norm(

@@ -180,12 +180,12 @@ at::Tensor conv_norm_act(const at::Tensor& input, const at::Tensor& weight, cons
                          const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
                          at::IntArrayRef dilation, int64_t groups, c10::string_view norm, bool training,
                          double momentum, double eps, c10::string_view activation, c10::string_view memory,
-                         const OptionalGenerator& generator) {
+                         const OptionalGenerator& generator, bool recompute) {
   static const auto op = find<decltype(conv_norm_act)>("remnant::conv_norm_act");
   const Below guard(kKey);
   return op.call(lower(input), lower(weight), lower(bias), norm_weight, norm_bias, running_mean, running_var,
                  lower(residual), stride, padding, dilation, groups, norm, training, momentum, eps,
-                 activation, memory, generator);
+                 activation, memory, generator, recompute);
 }
 
 }  // namespace

@@ -28,6 +28,8 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <utility>
 
 namespace remnant::autograd {
 
@@ -55,6 +57,7 @@ struct Call {
   bool training;
   double momentum, eps;
   OptionalGenerator generator;
+  bool recompute;
 
   bool of_batch() const { return settings.norm == ops::UnitNorm::batch && training; }
   bool own_statistics() const { return of_batch() || settings.norm == ops::UnitNorm::group; }
@@ -212,18 +215,8 @@ at::Tensor index_of(const std::vector<int64_t>& list, const at::Tensor& like) {
   return at::tensor(list, like.options().dtype(at::kLong));
 }
 
-at::MemoryFormat format_of(const at::Tensor& x) {
-  if (x.is_contiguous() || x.dim() < 4) return at::MemoryFormat::Contiguous;
-  return x.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
-}
-
-// Places of what is saved.
+// Places of what is saved; the tensors of recipes follow.
 enum Saved {
-  kInput,
-  kInputCodes,
-  kInputTable,
-  kInputFactor,
-  kInputOffset,
   kWeight,
   kValue,
   kNormal,
@@ -276,28 +269,46 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
     return y;
   }
 
-  static void keep_input(AutogradContext* ctx, const Call& call, variable_list& saved) {
+  // What gives back a tensor that others may keep already; itself, if nothing does.
+  static ops::Derived source_of(const at::Tensor& x, bool exact) {
+    auto found = ops::find_derived(x);
+    if (found.has_value() && (!exact || found->exact())) return *std::move(found);
+    ops::Derived whole;
+    whole.value = x;
+    return whole;
+  }
+
+  static ops::Derived input_of(const Call& call, bool exact) {
+    ops::Derived from = source_of(call.input, exact);
     const int64_t bits = call.settings.memory.bits;
-    ops::Derived from;
-    const auto found = ops::find_derived(call.input);
-    if (found.has_value()) {
-      from = *found;
-    } else if (bits == 0) {
-      from.value = call.input;
-    } else {
+    if (bits > 0 && from.value.is_same(call.input)) {
+      const at::Tensor input = ops::dense(call.input);
+      from.base = ops::Derived::Base::codes;
+      from.value = at::Tensor();
       from.bits = bits;
-      from.codes = ops::shared_codes(ops::in_memory_order(ops::dense(call.input)), bits, call.generator);
+      from.codes = ops::shared_codes(ops::in_memory_order(input), bits, call.generator);
+      from.sizes = input.sizes().vec();
+      from.format = ops::format_of(input);
+      from.type = input.scalar_type();
     }
-    saved[kInput] = from.value;
-    saved[kInputCodes] = from.codes.codes;
-    saved[kInputTable] = from.codes.table;
-    saved[kInputFactor] = from.factor;
-    saved[kInputOffset] = from.offset;
-    ctx->saved_data["input_derived"] = found.has_value() || bits > 0;
-    ctx->saved_data["input_bits"] = from.bits;
-    ctx->saved_data["input_kinked"] = from.kinked;
-    ctx->saved_data["input_slope"] = from.slope;
-    ctx->saved_data["input_silu"] = from.silu;
+    return from;
+  }
+
+  static void save(AutogradContext* ctx, const char* name, const ops::Derived& from, variable_list& saved) {
+    ops::Recipe recipe = ops::pack(from);
+    // Where its tensors begin, then its numbers.
+    recipe.settings.insert(recipe.settings.begin(), static_cast<int64_t>(saved.size()));
+    saved.insert(saved.end(), recipe.tensors.begin(), recipe.tensors.end());
+    ctx->saved_data[name] = recipe.settings;
+  }
+
+  static std::optional<ops::Derived> saved_recipe(const AutogradContext* ctx, const char* name,
+                                                  const variable_list& saved) {
+    const auto found = ctx->saved_data.find(name);
+    if (found == ctx->saved_data.end()) return std::nullopt;
+    std::vector<int64_t> settings = found->second.toIntVector();
+    ops::Recipe recipe{{saved.begin() + settings[0], saved.end()}, {settings.begin() + 1, settings.end()}};
+    return ops::unpack(recipe);
   }
 
   static at::Tensor run(AutogradContext* ctx, const Call& call, const std::array<bool, 6>& needs,
@@ -307,13 +318,20 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
     const bool want_normal = normed && (needs[3] || (of_input && call.own_statistics()));
     const int64_t bits = call.settings.memory.bits;
     const double slope = call.settings.slope;
-    ctx->saved_data["input_format"] = static_cast<int64_t>(format_of(ops::dense(call.input)));
-    if (needs[1]) keep_input(ctx, call, saved);
+    ctx->saved_data["input_format"] = static_cast<int64_t>(ops::format_of(ops::dense(call.input)));
+    const bool active = slope != 1;
+    ops::Derived source;
+    bool again = call.recompute && bits == 0 && (want_normal || active);
+    if (again) {
+      source = source_of(call.input, false);
+      again = source.exact();
+    }
+    if (!again && needs[1]) save(ctx, "input", input_of(call, false), saved);
     if (needs[0] || needs[1]) saved[kWeight] = call.weight;
 
     at::Tensor z = ops::dense(convolve(call));
     check_residual(call, z);
-    ctx->saved_data["format"] = static_cast<int64_t>(format_of(z));
+    ctx->saved_data["format"] = static_cast<int64_t>(ops::format_of(z));
     ops::UnitKept kept;
     kept.slope = slope;
     kept.bits = bits;
@@ -328,7 +346,7 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
       const at::Tensor bias = call.norm_bias.defined() ? call.norm_bias.to(options, false, true)
                                                        : at::zeros({z.size(1)}, options);
       rstd = (statistics.variance + call.eps).rsqrt();
-      if (bits == 0 || !want_normal) {
+      if ((bits == 0 && !again) || !want_normal) {
         scale = rstd * own;
         shift = bias - statistics.mean * scale;
         if (want_normal) {
@@ -357,7 +375,7 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
         kept.offset = bias;
         xslope = at::ones({z.size(1)}, options);
         xstart = at::zeros({z.size(1)}, options);
-        if (slope != 1 && !residual.defined()) {
+        if (active && !residual.defined() && !again) {
           // The kink at u = 0 in every channel where x^ comes near it; -0 keeps the sign of a -0.
           const at::Tensor near =
               bias.abs().le(own.abs() * kMostBias).logical_and(own.abs().ge(kLeastWeight));
@@ -375,7 +393,6 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
         kept.offset = kept.offset.to(wide).contiguous();
       }
     }
-    const bool active = slope != 1;
     at::Tensor normal_seed, sum_seed;
     bool keep_sum = false;
     if (bits > 0) {
@@ -384,19 +401,21 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
       if (active && !alone) sum_seed = ops::draw_seed(z, call.generator);
     } else {
       // Where x^ is not wanted the output's sign is enough.
-      keep_sum = slope < kLeastSlope && want_normal;
+      keep_sum = slope < kLeastSlope && want_normal && !again;
     }
-    at::Tensor y = ops::unit_forward(z, scale, shift, residual, kept, keep_sum, normal_seed, sum_seed);
-    if (bits == 0 && (want_normal || active)) {
+    at::Tensor y;
+    ops::Derived whole;
+    if (again) {
+      whole = recipe_of(call, source, z, scale, shift, residual, kept);
+      y = ops::finish(whole, z);
+      save(ctx, "again", whole, saved);
+    } else {
+      y = ops::unit_forward(z, scale, shift, residual, kept, keep_sum, normal_seed, sum_seed);
+    }
+    if (!again && bits == 0 && (want_normal || active)) {
       saved[kValue] = keep_sum ? z : y;
       ctx->saved_data["inverse"] = keep_sum || !active || slope == 0 ? 1.0 : 1.0 / slope;
-      if (want_normal && residual.defined()) {
-        const auto found = ops::find_derived(call.residual);
-        const bool usable = found.has_value() && found->value.defined() && !found->silu &&
-                            found->value.strides() == z.strides();
-        saved[kResidual] = usable ? found->value : residual;
-        ctx->saved_data["residual_slope"] = usable ? found->slope : 1.0;
-      }
+      if (want_normal && residual.defined()) keep_residual(ctx, call, z, residual, saved);
     }
     saved[kNormal] = kept.normal.codes;
     saved[kNormalTable] = kept.normal.table;
@@ -416,21 +435,75 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
       }
       saved[kParameters] = at::stack(rows);
     }
-    note(y, z, kept, keep_sum, residual.defined());
+    if (again) {
+      ops::note_derived(y, whole);
+    } else {
+      note(y, z, kept, keep_sum, residual.defined(), saved[kValue].defined());
+    }
     return y;
   }
 
+  static void keep_residual(AutogradContext* ctx, const Call& call, const at::Tensor& z,
+                            const at::Tensor& residual, variable_list& saved) {
+    const ops::Derived from = source_of(call.residual, true);
+    const bool made = from.base != ops::Derived::Base::value || from.silu;
+    if (made) {
+      save(ctx, "residual", from, saved);
+      return;
+    }
+    const bool usable = from.value.strides() == z.strides();
+    saved[kResidual] = usable ? from.value : residual;
+    ctx->saved_data["residual_slope"] = usable ? from.slope : 1.0;
+  }
+
+  // How y comes from the input.
+  static ops::Derived recipe_of(const Call& call, const ops::Derived& source, const at::Tensor& z,
+                                const at::Tensor& scale, const at::Tensor& shift, const at::Tensor& residual,
+                                const ops::UnitKept& kept) {
+    ops::Derived from;
+    from.sizes = z.sizes().vec();
+    from.format = ops::format_of(z);
+    from.type = z.scalar_type();
+    from.base = ops::Derived::Base::convolution;
+    from.source = std::make_shared<const ops::Derived>(source);
+    from.weight = call.weight;
+    from.bias = call.bias;
+    from.stride = call.stride;
+    from.padding = call.padding;
+    from.dilation = call.dilation;
+    from.groups = call.groups;
+    const auto wide = [&](const at::Tensor& x) {
+      return x.defined() ? x.to(ops::accumulation_type(z.scalar_type())).contiguous() : x;
+    };
+    from.scale = wide(scale);
+    from.shift = wide(shift);
+    from.factor = kept.factor;
+    from.offset = kept.offset;
+    from.slope = kept.slope;
+    if (residual.defined()) {
+      ops::Derived beside = source_of(call.residual, true);
+      if (beside.value.is_same(call.residual)) beside.value = residual;
+      from.residual = std::make_shared<const ops::Derived>(std::move(beside));
+    }
+    return from;
+  }
+
   static void note(const at::Tensor& y, const at::Tensor& z, const ops::UnitKept& kept, bool keep_sum,
-                   bool residual) {
+                   bool residual, bool keep_output) {
     ops::Derived from;
     from.slope = kept.slope;
     from.bits = kept.bits;
     if (keep_sum) {
       from.value = z;
+    } else if (keep_output) {
+      from.value = y;
+      from.slope = 1;
     } else if (kept.sum.codes.defined()) {
+      from.base = ops::Derived::Base::codes;
       from.codes = kept.sum;
       from.kinked = true;
     } else if (kept.normal.codes.defined() && !residual) {
+      from.base = ops::Derived::Base::codes;
       from.codes = kept.normal;
       from.kinked = kept.normal_kinked;
       from.factor = kept.factor;
@@ -439,6 +512,23 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
       return;
     }
     ops::note_derived(y, from);
+  }
+
+  // u, and with a residual the sum, as the forward had them.
+  static void convolve_again(const ops::Derived& from, const at::Tensor& input, ops::UnitKept& kept) {
+    at::Tensor normal = ops::convolve(from, input);
+    ops::UnitKept plain;
+    normal = ops::unit_forward(normal, from.scale, from.shift, {}, plain, false, {}, {});
+    kept.factor = from.factor;
+    kept.offset = from.offset;
+    if (from.residual && kept.slope != 1) {
+      plain.factor = from.factor;
+      plain.offset = from.offset;
+      at::Tensor sum = normal.clone();
+      const at::Tensor residual = ops::in_order_of(ops::rebuild(*from.residual), sum);
+      kept.value = ops::unit_forward(sum, {}, {}, residual, plain, false, {}, {});
+    }
+    kept.normal_value = normal;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -464,10 +554,19 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
     kept.residual = saved[kResidual];
     if (kept.value.defined()) kept.inverse_slope = data.at("inverse").toDouble();
     if (kept.residual.defined()) kept.residual_slope = data.at("residual_slope").toDouble();
+    const auto again = saved_recipe(ctx, "again", saved);
+    at::Tensor input;
+    if (again.has_value()) {
+      input = ops::rebuild(*again->source);
+      convolve_again(*again, input, kept);
+    }
+    if (const auto residual = saved_recipe(ctx, "residual", saved)) {
+      kept.residual = ops::in_order_of(ops::rebuild(*residual), kept.value);
+    }
     at::Tensor grad = ops::dense(grads[0]);
     if (kept.value.defined()) {
       grad = ops::in_order_of(grads[0], kept.value);
-    } else if (kept.normal.codes.defined() || kept.sum.codes.defined()) {
+    } else if (again.has_value() || kept.normal.codes.defined() || kept.sum.codes.defined()) {
       grad = grads[0].contiguous(static_cast<at::MemoryFormat>(data.at("format").toInt()));
     }
 
@@ -527,23 +626,12 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
     if (own && !hidden.empty()) {
       grad_conv.index_add_(1, index_of(hidden, grad), grad_aside.to(grad.scalar_type()));
     }
-    const auto sizes = list("input_sizes");
-    const auto format = static_cast<at::MemoryFormat>(data.at("input_format").toInt());
-    at::Tensor input;
     if (!wanted[1]) {
-      input = at::empty(sizes, grad.options(), format);  // its shape alone is looked at
-    } else if (!data.at("input_derived").toBool()) {
-      input = saved[kInput];
-    } else {
-      ops::Derived from{saved[kInput],
-                        {saved[kInputCodes], saved[kInputTable]},
-                        saved[kInputFactor],
-                        saved[kInputOffset],
-                        data.at("input_bits").toInt(),
-                        data.at("input_kinked").toBool(),
-                        data.at("input_slope").toDouble(),
-                        data.at("input_silu").toBool()};
-      input = ops::rebuild(from, sizes, format, grad.scalar_type());
+      // Its shape and order alone are looked at.
+      input = at::empty(list("input_sizes"), grad.options(),
+                        static_cast<at::MemoryFormat>(data.at("input_format").toInt()));
+    } else if (!input.defined()) {
+      input = ops::rebuild(*saved_recipe(ctx, "input", saved));
     }
     const auto stride = list("stride");
     const at::Tensor weight = saved[kWeight].defined() ? saved[kWeight] : at::Tensor();
@@ -568,7 +656,7 @@ Call make_call(const at::Tensor& input, const at::Tensor& weight, const Optional
                const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
                at::IntArrayRef dilation, int64_t groups, c10::string_view norm, bool training,
                double momentum, double eps, c10::string_view activation, c10::string_view memory,
-               const OptionalGenerator& generator) {
+               const OptionalGenerator& generator, bool recompute) {
   Call c{input,
          weight,
          unwrap(bias),
@@ -585,7 +673,8 @@ Call make_call(const at::Tensor& input, const at::Tensor& weight, const Optional
          training,
          momentum,
          eps,
-         generator};
+         generator,
+         recompute};
   check(c);
   const int64_t spatial = input.dim() - 2;
   c.stride = each_dimension("stride", stride, spatial);
@@ -603,11 +692,12 @@ struct SiluFunction : torch::autograd::Function<SiluFunction> {
     const at::AutoDispatchBelowADInplaceOrView below;
     at::Tensor y = at::silu(sum);
     ctx->saved_data["bits"] = bits;
-    ctx->saved_data["format"] = static_cast<int64_t>(format_of(sum));
+    ctx->saved_data["format"] = static_cast<int64_t>(ops::format_of(sum));
     if (bits == 0) {
-      ctx->save_for_backward({sum});
-      ops::Derived from;
-      from.value = sum;
+      ops::Derived from = UnitFunction::source_of(sum, true);
+      variable_list saved;
+      UnitFunction::save(ctx, "sum", from, saved);
+      ctx->save_for_backward(std::move(saved));
       from.silu = true;
       ops::note_derived(y, from);
     } else {
@@ -626,15 +716,16 @@ struct SiluFunction : torch::autograd::Function<SiluFunction> {
     const int64_t bits = ctx->saved_data["bits"].toInt();
     variable_list result(3);
     if (bits == 0) {
-      result[0] = at::silu_backward(grads[0], saved[0]);
+      result[0] = at::silu_backward(grads[0], ops::rebuild(*UnitFunction::saved_recipe(ctx, "sum", saved)));
     } else {
       ops::Derived slope;
+      slope.base = ops::Derived::Base::codes;
       slope.codes = {saved[0], saved[1]};
       slope.bits = bits;
-      result[0] = ops::rebuild(slope, grads[0].sizes(),
-                               static_cast<at::MemoryFormat>(ctx->saved_data["format"].toInt()),
-                               grads[0].scalar_type())
-                      .mul_(grads[0]);
+      slope.sizes = grads[0].sizes().vec();
+      slope.format = static_cast<at::MemoryFormat>(ctx->saved_data["format"].toInt());
+      slope.type = grads[0].scalar_type();
+      result[0] = ops::rebuild(slope).mul_(grads[0]);
     }
     return result;
   }
@@ -646,10 +737,10 @@ at::Tensor unit(const at::Tensor& input, const at::Tensor& weight, const Optiona
                 const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
                 at::IntArrayRef dilation, int64_t groups, c10::string_view norm, bool training,
                 double momentum, double eps, c10::string_view activation, c10::string_view memory,
-                const OptionalGenerator& generator) {
-  const Call c =
-      make_call(input, weight, bias, norm_weight, norm_bias, running_mean, running_var, residual, stride,
-                padding, dilation, groups, norm, training, momentum, eps, activation, memory, generator);
+                const OptionalGenerator& generator, bool recompute) {
+  const Call c = make_call(input, weight, bias, norm_weight, norm_bias, running_mean, running_var, residual,
+                           stride, padding, dilation, groups, norm, training, momentum, eps, activation,
+                           memory, generator, recompute);
   const auto wants = [](const at::Tensor& x) { return x.defined() && x.requires_grad(); };
   const std::array<bool, 6> needs{wants(c.input),       wants(c.weight),    wants(c.bias),
                                   wants(c.norm_weight), wants(c.norm_bias), wants(c.residual)};
@@ -668,10 +759,10 @@ at::Tensor without_gradient(const at::Tensor& input, const at::Tensor& weight, c
                             const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
                             at::IntArrayRef dilation, int64_t groups, c10::string_view norm, bool training,
                             double momentum, double eps, c10::string_view activation, c10::string_view memory,
-                            const OptionalGenerator& generator) {
+                            const OptionalGenerator& generator, bool recompute) {
   return plain(make_call(input, weight, bias, norm_weight, norm_bias, running_mean, running_var, residual,
                          stride, padding, dilation, groups, norm, training, momentum, eps, activation, memory,
-                         generator));
+                         generator, recompute));
 }
 
 }  // namespace

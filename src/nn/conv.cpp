@@ -109,6 +109,7 @@ Tensor ConvNormActImplBase<kSpatial, Derived>::forward(const Tensor& input, cons
   call.eps = options.eps;
   call.activation = options.activation;
   call.memory = options.memory;
+  call.recompute = options.recompute;
   if (!norm) {
     return remnant::conv_norm_act(input, conv->weight, optional(conv->bias), {}, {}, {}, {},
                                   optional(residual), call);
@@ -133,7 +134,7 @@ void ConvNormActImplBase<kSpatial, Derived>::pretty_print(std::ostream& stream) 
          << options.out_channels << ", kernel_size=" << at::IntArrayRef(options.kernel_size)
          << ", stride=" << at::IntArrayRef(options.stride) << ", padding=" << at::IntArrayRef(options.padding)
          << ", norm=" << options.norm << ", activation=" << options.activation
-         << ", memory=" << options.memory.str() << ")";
+         << ", memory=" << options.memory.str() << (options.recompute ? ", recompute" : "") << ")";
 }
 
 template class ConvNormActImplBase<1, ConvNormAct1dImpl>;

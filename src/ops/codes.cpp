@@ -3,6 +3,7 @@
 #include "kernels/cpu/step_kernels.h"
 #include "ops/attention_common.h"
 #include "ops/step_common.h"
+#include "ops/weak_tensor.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -150,8 +151,6 @@ Pair encode_meta(const at::Tensor& input, const at::Tensor& seed, int64_t bits) 
 
 // --- sharing ---------------------------------------------------------------------------------------
 
-using Weak = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-
 // What a tensor's values depend on. The storage is held weakly, so that its address cannot come to mean
 // another one while an entry lives.
 struct Entry {
@@ -161,7 +160,7 @@ struct Entry {
   at::ScalarType type;
   uint32_t version;
   int64_t bits;
-  Weak codes, table;
+  WeakTensor codes, table;
 
   bool expired() const { return storage.expired() || codes.expired() || table.expired(); }
 };
@@ -192,7 +191,7 @@ struct Sharing {
       }
       auto codes = e.codes.lock();
       auto table = e.table.lock();
-      if (codes && table) return Codes{at::Tensor(std::move(codes)), at::Tensor(std::move(table))};
+      if (codes && table) return Codes{*codes, *table};
     }
     return std::nullopt;
   }
@@ -206,8 +205,8 @@ struct Sharing {
             x.scalar_type(),
             static_cast<uint32_t>(x._version()),
             bits,
-            Weak(kept.codes.getIntrusivePtr()),
-            Weak(kept.table.getIntrusivePtr())};
+            WeakTensor(kept.codes),
+            WeakTensor(kept.table)};
     describe_place(x, e.sizes, e.strides);
     entries.emplace(x.storage().unsafeGetStorageImpl(), std::move(e));
   }

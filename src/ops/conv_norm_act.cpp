@@ -70,11 +70,11 @@ at::Tensor conv_norm_act(const at::Tensor& input, const at::Tensor& weight,
                             const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                             const OptionalTensor&, const OptionalTensor&, at::IntArrayRef, at::IntArrayRef,
                             at::IntArrayRef, int64_t, c10::string_view, bool, double, double,
-                            c10::string_view, c10::string_view, const std::optional<at::Generator>&)>();
+                            c10::string_view, c10::string_view, const std::optional<at::Generator>&, bool)>();
   return op.call(input, weight, bias, norm_weight, norm_bias, running_mean, running_var, residual,
                  options.stride, options.padding, options.dilation, options.groups, options.norm,
                  options.training, options.momentum, options.eps, options.activation, options.memory.str(),
-                 options.generator);
+                 options.generator, options.recompute);
 }
 
 }  // namespace remnant

@@ -2,11 +2,13 @@
 
 #include "kernels/cpu/step_kernels.h"
 #include "ops/attention_common.h"
+#include "ops/shortcut.h"
 #include "ops/step_common.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/signbit.h>
@@ -128,18 +130,16 @@ at::Tensor unit_moments(const at::Tensor& x, const at::Tensor& pivot) {
   ConvUnit p = layout_of(x, sets);
   const at::Tensor pivots = as_sets(pivot, sets, x);
   const Chunks chunks(x.numel(), p.channels);
-  const int64_t threads = at::get_num_threads(), bytes = kernels::conv_unit_scratch_bytes(p.channels);
+  const int64_t threads = at::get_num_threads();
   at::Tensor sums = at::zeros({threads, 2, sets, p.channels}, x.options().dtype(at::kDouble));
-  const at::Tensor scratch = at::empty({threads, bytes}, x.options().dtype(at::kByte));
   p.x = x.const_data_ptr();
   p.shift = pivots.const_data_ptr();
   double* const all = sums.mutable_data_ptr<double>();
-  auto* const memory = scratch.mutable_data_ptr<uint8_t>();
   chunks.run([&](int64_t begin, int64_t end) {
     ConvUnit part = p;
     const int64_t thread = at::get_thread_num();
     part.sums = all + thread * 2 * sets * p.channels;
-    kernels::step_kernels().unit_moments(part, begin, end, memory + thread * bytes);
+    kernels::step_kernels().unit_moments(part, begin, end);
   });
   return sums.sum(0);
 }
@@ -260,9 +260,11 @@ std::tuple<at::Tensor, at::Tensor> read_kept(const at::Tensor& grad, const UnitK
     return out;
   };
   if (kept.normal.codes.defined()) normal = decoded(kept.normal, kept.normal_kinked);
+  if (kept.normal_value.defined()) normal = kept.normal_value.to(wide);
   if (kept.value.defined()) {
     sum = leak(kept.value.to(wide), kept.inverse_slope);
-    normal = kept.residual.defined() ? sum - leak(kept.residual.to(wide), kept.residual_slope) : sum;
+    if (!normal.defined())
+      normal = kept.residual.defined() ? sum - leak(kept.residual.to(wide), kept.residual_slope) : sum;
   } else if (kept.sum.codes.defined()) {
     sum = decoded(kept.sum, true);
     if (!normal.defined()) normal = sum;
@@ -271,7 +273,8 @@ std::tuple<at::Tensor, at::Tensor> read_kept(const at::Tensor& grad, const UnitK
                                 : normal;
   }
   if (kept.slope == 1) return {normal, at::Tensor()};
-  const at::Tensor passes = kept.value.defined() ? sum.gt(0) : at::signbit(sum).logical_not_();
+  const bool coded = kept.normal.codes.defined() || kept.sum.codes.defined();
+  const at::Tensor passes = coded ? at::signbit(sum).logical_not_() : sum.gt(0);
   return {normal, passes.to(wide) * (1 - kept.slope) + kept.slope};
 }
 
@@ -289,8 +292,12 @@ void each_kept(const ConvUnit& p, const at::Tensor& grad, const UnitKept& kept,
   const bool normal_coded = kept.normal.codes.defined(), sum_coded = kept.sum.codes.defined();
   const bool coded = normal_coded || sum_coded;
   problem.by_sign = coded;
-  // Nothing kept: every slope is 1 and no sum of products is wanted.
-  problem.s = kept.value.defined() ? kept.value.data_ptr() : (coded ? nullptr : grad.data_ptr());
+  if (kept.normal_value.defined()) problem.u = kept.normal_value.data_ptr();
+  if (kept.value.defined()) {
+    problem.s = kept.value.data_ptr();
+  } else if (!coded && !kept.normal_value.defined()) {
+    problem.s = grad.data_ptr();  // nothing kept: every slope is 1 and no sum of products is wanted
+  }
   kernels::LowBits normal, sum;
   if (normal_coded) normal = code_problem(grad, kept.normal, kept.bits, kept.normal_kinked);
   if (sum_coded) sum = code_problem(grad, kept.sum, kept.bits, true);
@@ -322,16 +329,14 @@ at::Tensor unit_reduce(const at::Tensor& grad, const UnitKept& kept, int64_t set
   }
   ConvUnit p = layout_of(grad, sets);
   p.grad = grad.const_data_ptr();
-  const int64_t threads = at::get_num_threads(), bytes = kernels::conv_unit_scratch_bytes(p.channels);
+  const int64_t threads = at::get_num_threads();
   at::Tensor sums = at::zeros({threads, 2, sets, p.channels}, grad.options().dtype(at::kDouble));
-  const at::Tensor scratch = at::empty({threads, bytes}, grad.options().dtype(at::kByte));
   double* const all = sums.mutable_data_ptr<double>();
-  auto* const memory = scratch.mutable_data_ptr<uint8_t>();
   each_kept(p, grad, kept, [&](const ConvUnit& problem, int64_t begin, int64_t end) {
     ConvUnit part = problem;
     const int64_t thread = at::get_thread_num();
     part.sums = all + thread * 2 * sets * p.channels;
-    kernels::step_kernels().unit_reduce(part, begin, end, memory + thread * bytes);
+    kernels::step_kernels().unit_reduce(part, begin, end);
   });
   return sums.sum(0);
 }
@@ -367,14 +372,35 @@ std::tuple<at::Tensor, at::Tensor> unit_backward(const at::Tensor& grad, const U
   return {grad_x, grad_residual};
 }
 
-at::Tensor rebuild(const Derived& from, at::IntArrayRef sizes, at::MemoryFormat format, at::ScalarType type) {
-  if (from.value.defined() && from.silu) return at::silu(from.value);
-  const at::Tensor& source = from.value.defined() ? from.value : from.codes.codes;
-  at::Tensor y = at::empty(sizes, source.options().dtype(type), format);
+at::Tensor convolve(const Derived& from, const at::Tensor& source) {
+  const at::Tensor z = at::convolution(
+      source, from.weight, from.bias.defined() ? std::optional(from.bias) : std::nullopt, from.stride,
+      from.padding, from.dilation, false, std::vector<int64_t>(from.stride.size(), 0), from.groups);
+  return z.contiguous(from.format);
+}
+
+at::Tensor finish(const Derived& from, at::Tensor z) {
+  UnitKept kept;
+  kept.factor = from.factor;
+  kept.offset = from.offset;
+  kept.slope = from.slope;
+  const at::Tensor residual = from.residual ? in_order_of(rebuild(*from.residual), z) : at::Tensor();
+  const at::Tensor y = unit_forward(z, from.scale, from.shift, residual, kept, false, {}, {});
+  return from.silu ? at::silu(y) : y;
+}
+
+namespace {
+
+at::Tensor rebuild_kept(const Derived& from) {
+  const bool coded = from.base == Derived::Base::codes;
+  if (!coded && from.silu) return at::silu(from.value);
+  if (!coded && from.slope == 1) return from.value;
+  const at::Tensor& source = coded ? from.codes.codes : from.value;
+  at::Tensor y = at::empty(from.sizes, source.options().dtype(from.type), from.format);
   if (!fused(y)) {
     at::Tensor v = from.value;
-    if (!v.defined()) {
-      v = at::empty_like(y, y.options().dtype(accumulation_type(type)));
+    if (coded) {
+      v = at::empty_like(y, y.options().dtype(accumulation_type(from.type)));
       decode_all(from.codes, from.bits, from.kinked, v);
     }
     if (from.factor.defined()) v = v * as_columns(from.factor, y) + as_columns(from.offset, y);
@@ -387,7 +413,6 @@ at::Tensor rebuild(const Derived& from, at::IntArrayRef sizes, at::MemoryFormat 
   p.slope = from.slope;
   p.y = y.mutable_data_ptr();
   const Chunks chunks(y.numel(), p.channels);
-  const bool coded = !from.value.defined();
   const Scratch scratch(y, chunks, coded);
   kernels::LowBits codes;
   if (coded) codes = code_problem(y, from.codes, from.bits, from.kinked);
@@ -406,6 +431,23 @@ at::Tensor rebuild(const Derived& from, at::IntArrayRef sizes, at::MemoryFormat 
     kernels::step_kernels().unit_forward(part, begin, end);
   });
   return y;
+}
+
+}  // namespace
+
+at::Tensor rebuild(const Derived& from) {
+  if (from.base == Derived::Base::convolution) return finish(from, convolve(from, rebuild(*from.source)));
+  if (from.base != Derived::Base::shortcut) return rebuild_kept(from);
+  const auto shortcut = [&](const at::Tensor& x) {
+    return shortcut_of(x, from.stride, from.sizes[1], from.average).contiguous(from.format);
+  };
+  if (from.average || from.source->base != Derived::Base::value) return shortcut(rebuild(*from.source));
+  // An activation leaves 0 at 0: the same after the shortcut, where there is less to do.
+  Derived taken = *from.source;
+  taken.value = shortcut(taken.value);
+  taken.sizes = from.sizes;
+  taken.format = from.format;
+  return rebuild_kept(taken);
 }
 
 }  // namespace remnant::ops

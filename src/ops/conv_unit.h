@@ -23,8 +23,9 @@ at::Tensor in_order_of(const at::Tensor& x, const at::Tensor& like);
 
 /// What a unit writes in its forward besides y, and reads in its backward.
 struct UnitKept {
-  at::Tensor value;   ///< the sum s, or the output from which it comes back by inverse_slope
-  Codes normal, sum;  ///< codes of u and of s; each may be undefined
+  at::Tensor value;         ///< the sum s, or the output from which it comes back by inverse_slope
+  at::Tensor normal_value;  ///< u itself, made again
+  Codes normal, sum;        ///< codes of u and of s; each may be undefined
   bool normal_kinked = false;
   int64_t bits = 0;
   at::Tensor factor, offset;  ///< wide [C]: s = u factor + offset (+ residual); undefined: s = u
@@ -50,7 +51,11 @@ std::tuple<at::Tensor, at::Tensor> unit_backward(const at::Tensor& grad, const U
                                                  const at::Tensor& of_grad, const at::Tensor& of_u,
                                                  const at::Tensor& constant, bool want_x, bool want_residual);
 
-/// The tensor that `from` stands for, shaped and laid out as `like`, which may have no memory of its own.
-at::Tensor rebuild(const Derived& from, at::IntArrayRef sizes, at::MemoryFormat format, at::ScalarType type);
+/// The convolution that `from` is based on, of `source`.
+at::Tensor convolve(const Derived& from, const at::Tensor& source);
+/// What follows it: `from`'s norm, residual and activation, in z's memory.
+at::Tensor finish(const Derived& from, at::Tensor z);
+/// The tensor that `from` stands for.
+at::Tensor rebuild(const Derived& from);
 
 }  // namespace remnant::ops

@@ -187,8 +187,9 @@ TORCH_LIBRARY(remnant, m) {
       "norm_bias=None, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor? residual=None, "
       "int[] stride=[1], int[] padding=[0], int[] dilation=[1], int groups=1, str norm='batch', bool "
       "training=True, float momentum=0.1, float eps=1e-05, str activation='relu', str memory='exact', "
-      "Generator? generator=None) -> Tensor",
+      "Generator? generator=None, bool recompute=False) -> Tensor",
       random);
+  m.def("shortcut(Tensor input, int stride, int channels, bool average=False) -> Tensor", plain);
   m.def("linear_code_bytes(int elements, int bits) -> int", plain);
   m.def(
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor weight, Tensor? bias, Tensor "

@@ -8,6 +8,9 @@
 #include "common/trainer.h"
 #include "files.h"
 
+#include <remnant/memory.h>
+#include <remnant/setting.h>
+
 #include <gtest/gtest.h>
 #include <torch/utils.h>
 
@@ -17,6 +20,7 @@
 #include <ATen/ops/equal.h>
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -200,6 +204,19 @@ TEST(VisionModel, ABlockAddsEveryOtherPixelOfItsInput) {
       EXPECT_EQ(to.slice(1, 4).abs().max().item<float>(), 0);
     }
   }
+}
+
+TEST(VisionModel, ExactKeepsLessThanHalfOfEager) {
+  Classifier model(ModelOptions{.model = "resnet20"});
+  const Tensor images = at::randn({8, 3, kSide, kSide}), labels = at::randint(0, 10, {8});
+  const auto kept = [&](const Memory& memory) {
+    set_memory(*model, memory);
+    const memory::Recorder recorder(model.get());
+    return recorder.report({model->loss(images, labels)}, {images, labels}).kept_bytes;
+  };
+  const int64_t eager = kept(Memory::eager());
+  EXPECT_LT(kept(Memory::exact()), 0.46 * static_cast<double>(eager));
+  EXPECT_LT(kept(Memory::unbiased(4)), 0.11 * static_cast<double>(eager));
 }
 
 TEST(VisionModel, LossIsTheLogitsCrossEntropy) {

@@ -4,20 +4,25 @@
 #include <remnant/ops/activation.h>
 #include <remnant/ops/attention.h>
 #include <remnant/ops/conv.h>
+#include <remnant/ops/conv_norm_act.h>
 #include <remnant/ops/dropout.h>
 #include <remnant/ops/dropout_add.h>
 #include <remnant/ops/linear.h>
 #include <remnant/ops/linear_cross_entropy.h>
 #include <remnant/ops/norm.h>
+#include <remnant/ops/shortcut.h>
 #include <remnant/ops/softmax_approximation.h>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/rand.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/randn_like.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
+#include <optional>
 #include <string>
 
 namespace remnant {
@@ -213,6 +218,57 @@ TEST(MemoryTable, Conv2d) {
   const at::Tensor many = at::randn({4, 12, 20, 30}).requires_grad_() * 2;
   const at::Tensor y = remnant::conv2d(many, wide, std::nullopt, {1, 1}, {0, 0}, {1, 1}, 1, "invert");
   EXPECT_EQ(memory::kept_bytes({y}, {y}), (4 * 4 * 20 * 30 + 12 * 4) * 4);
+}
+
+TEST(MemoryTable, ConvNormAct) {
+  const at::Tensor x = at::randn({4, 8, 20, 30}), w = at::randn({8, 8, 3, 3}).requires_grad_(),
+                   point = at::randn({8, 8, 1, 1}).requires_grad_();
+  const at::Tensor gamma = at::rand({8}).add_(0.5).requires_grad_(), beta = at::rand({8}).requires_grad_();
+  const int64_t size = x.numel(), rows = 8 * 4 * 8;
+  const auto unit = [&](const at::Tensor& input, const std::string& memory, const std::string& activation,
+                        const at::Tensor& residual = {}, bool recompute = false) {
+    ConvNormActOptions options;
+    const at::Tensor& weight = recompute ? point : w;
+    options.padding = {weight.size(2) / 2};
+    options.memory = Memory::parse(memory);
+    options.activation = activation;
+    options.recompute = recompute;
+    return conv_norm_act(input, weight, std::nullopt, gamma, beta, std::nullopt, std::nullopt,
+                         residual.defined() ? std::optional(residual) : std::nullopt, options);
+  };
+  const auto kept = [&](const at::Tensor& y) { return memory::kept_bytes({y}, {x}); };
+
+  for (const char* activation : {"relu", "leaky:slope=0.1", "identity", "silu"}) {
+    EXPECT_EQ(kept(unit(x, "exact", activation)), 4 * size + rows) << activation;
+  }
+  // A second unit adds its own sum, and finds in the first's its input and its residual.
+  const at::Tensor first = unit(x, "exact", "relu");
+  EXPECT_EQ(kept(unit(first, "exact", "relu", first)), 2 * (4 * size + rows));
+  // A residual that no unit made is kept.
+  const at::Tensor made = at::randn_like(x).requires_grad_() * 2;
+  EXPECT_EQ(kept(unit(x, "exact", "relu", made)), 8 * size + rows);
+  // What convolves again keeps numbers a channel alone, for others that need its output too.
+  const at::Tensor again = unit(x, "exact", "relu", {}, true);
+  EXPECT_EQ(kept(again), rows + 4 * 8 * 4);
+  EXPECT_EQ(kept(unit(again, "exact", "relu", again)), 4 * size + 2 * rows + 4 * 8 * 4);
+  // So does a shortcut without parameters.
+  const at::Tensor halved = shortcut(first, 2, 8);
+  EXPECT_EQ(memory::kept_bytes({halved}, {x}), 4 * size + rows);
+  const at::Tensor small = at::randn({4, 8, 10, 15});
+  EXPECT_EQ(memory::kept_bytes({unit(small, "exact", "relu", halved)}, {x, small}),
+            4 * size + size + 2 * rows);
+
+  for (const int64_t bits : {8, 4, 2}) {
+    const std::string memory = "unbiased:bits=" + std::to_string(bits);
+    const int64_t codes = linear_code_bytes(size, bits), numbers = rows + 2 * 8 * 4;
+    // x's codes and x^'s.
+    const at::Tensor coded = unit(x, memory, "relu");
+    EXPECT_EQ(kept(coded), 2 * codes + numbers);
+    // The next one's x^ and sum; its input has codes already.
+    EXPECT_EQ(kept(unit(coded, memory, "relu", coded)), 4 * codes + 2 * numbers);
+    // No activation: the sum's are not needed.
+    EXPECT_EQ(kept(unit(coded, memory, "identity", coded)), 3 * codes + 2 * numbers);
+  }
 }
 
 TEST(MemoryTable, LinearCrossEntropy) {

@@ -217,6 +217,172 @@ def test_kept_bytes():
         assert size == 8 * remnant.linear_code_bytes(x.numel(), bits) + 5 * (rows + 2 * 16 * 4)
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_unit_that_convolves_again(layout, norm, activation, with_residual):
+    """Its own gradients, and those of two units that take its output as input and as residual."""
+    x = torch.randn(3, 5, 9, 7, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    w, after, bias = leaf(6, 5, 3, 2), leaf(6, 6, 3, 3), leaf(6)
+    residual = leaf(3, 6, 5, 6) if with_residual else None
+    p, q = ({} if norm == "none" else parameters(6) for _ in range(2))
+    if norm != "none":
+        with torch.no_grad():
+            p["norm_weight"][2] = 0  # no x^ from a sum: it comes from the convolution
+
+    def function(op):
+        more = dict(recompute=True) if op is remnant.conv_norm_act else {}
+        y = op(x, w, bias, **p, residual=residual, norm=norm, activation=activation, stride=(2, 1), padding=(1, 0), **more)
+        z = op(y, after, **q, norm=norm, padding=1)
+        return op(z, after, **q, norm=norm, padding=1, residual=y)
+
+    compare(function, [x, w, after, *p.values(), *q.values(), residual], 1e-9)
+
+
+SHORTCUTS = ["1x1", "every other", "average"]
+
+
+def shortcut(x, kind, w, p, ours, memory="exact"):
+    if kind == "1x1":
+        if ours:
+            return remnant.conv_norm_act(x, w, **p, stride=2, activation="identity", memory=memory, recompute=True)
+        return reference(x, w, **p, stride=2, activation="identity")
+    if ours:
+        return remnant.shortcut(x, 2, w.shape[0], average=kind == "average")
+    x = F.avg_pool2d(x, 2) if kind == "average" else x[:, :, ::2, ::2]
+    return F.pad(x, (0, 0, 0, 0, 0, w.shape[0] - x.shape[1]))
+
+
+def stages(x, weights, ps, kind, activation, ours, memory="exact"):
+    """A first unit that convolves again, a block, and one that halves the image and doubles the channels."""
+    stem, narrow, widen, wide, point = weights
+    small, large = ps
+
+    def unit(*args, **settings):
+        if not ours:
+            settings.pop("recompute", None)
+            return reference(*args, padding=1, activation=activation, **settings)
+        return remnant.conv_norm_act(*args, padding=1, activation=activation, memory=memory, **settings)
+
+    y = unit(x, stem, **small, recompute=True)
+    y = unit(unit(y, narrow, **small), narrow, **small, residual=y)
+    r = shortcut(y, kind, point, large, ours, memory)
+    y = unit(unit(y, widen, **large, stride=2), wide, **large, residual=r)
+    return unit(unit(y, wide, **large), wide, **large, residual=y)
+
+
+def stage_weights(dtype):
+    weights = [leaf(4, 3, 3, 3), leaf(4, 4, 3, 3), leaf(8, 4, 3, 3), leaf(8, 8, 3, 3), leaf(8, 4, 1, 1)]
+    return [w.detach().to(dtype).requires_grad_() for w in weights], [parameters(4, dtype), parameters(8, dtype)]
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky:slope=0.2", "silu"])
+@pytest.mark.parametrize("kind", SHORTCUTS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_stages_with_shortcuts(layout, kind, activation):
+    x = torch.randn(3, 3, 8, 6, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    weights, ps = stage_weights(torch.float64)
+    ours, want = (stages(x, weights, ps, kind, activation, mine) for mine in (True, False))
+    torch.testing.assert_close(ours, want)
+    grad = torch.randn_like(want)
+    inputs = [x, *weights[: 5 if kind == "1x1" else 4], *(t for p in ps for t in p.values())]
+    for have, expected in zip(gradients(ours, inputs, grad), gradients(want, inputs, grad), strict=True):
+        torch.testing.assert_close(have, expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", SHORTCUTS)
+def test_shortcuts_and_units_that_convolve_again_keep_nothing(kind):
+    """Of seven units in three stages only the five sums in blocks of the first and second stage are kept."""
+    x = torch.randn(4, 3, 16, 16)
+    weights, ps = stage_weights(torch.float32)
+    size, _ = kept(lambda: stages(x, weights, ps, kind, "relu", True))
+    small, large = 4 * 4 * 256 * 4, 4 * 8 * 64 * 4
+    rows = lambda units, channels: units * channels * 4 * 8  # noqa: E731
+    again = 4 * 4 * 4 + (4 * 8 * 4 if kind == "1x1" else 0)  # scale, shift, factor and offset of a channel
+    points = 1 if kind == "1x1" else 0
+    # x is excluded where it is a step's data; here it is kept, once, and every sum but the first unit's.
+    assert size == x.numel() * 4 + 2 * small + 4 * large + rows(3, 4) + rows(4 + points, 8) + again
+
+
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4"])
+def test_hooks_that_detach_do_not_hide_what_is_kept(memory):
+    """They put another tensor over the same memory in the saved one's place."""
+    x = torch.randn(8, 16, 8, 8)
+    weights = [leaf(16, 16, 3, 3, dtype=torch.float32) for _ in range(3)]
+    p = parameters(16, torch.float32)
+    want, _ = kept(lambda: units(x, weights, p, memory))
+    held, left_out = {}, {t.data_ptr() for t in (*weights, *p.values())}
+
+    def pack(t):
+        held[t.data_ptr()] = t.detach()
+        return held[t.data_ptr()]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = units(x, weights, p, memory)
+    assert sum(t.untyped_storage().nbytes() for at, t in held.items() if at not in left_out) == want
+    ours = gradients(y, weights, torch.ones_like(y))
+    if memory == "exact":
+        for a, b in zip(ours, gradients(units(x, weights, p, memory), weights, torch.ones_like(y)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("changed", ["input", "weight"])
+def test_what_was_changed_in_place_is_not_convolved_again(changed):
+    """A reader that comes after the change keeps the output as it is."""
+    x, w, after = leaf(2, 4, 6, 6).detach(), leaf(4, 4, 1, 1), leaf(4, 4, 3, 3)
+    y = remnant.conv_norm_act(x, w, recompute=True)
+    want = torch.autograd.grad(reference(y.detach(), after, padding=1).square().sum(), after)[0]
+    with torch.no_grad():
+        (x if changed == "input" else w).mul_(3)
+    have = torch.autograd.grad(remnant.conv_norm_act(y, after, padding=1).square().sum(), after)[0]
+    torch.testing.assert_close(have, want)
+
+
+def test_a_unit_whose_input_comes_from_codes_does_not_convolve_again():
+    x, w = leaf(2, 4, 6, 6, dtype=torch.float32), leaf(4, 4, 3, 3, dtype=torch.float32)
+
+    def function(recompute):
+        y = remnant.conv_norm_act(x, w, padding=1, memory="unbiased:bits=4")
+        return remnant.conv_norm_act(y, w, padding=1, activation="identity", recompute=recompute)
+
+    assert kept(lambda: function(True))[0] == kept(lambda: function(False))[0]
+
+
+def test_a_weight_changed_before_the_backward_is_noticed():
+    x, w = leaf(2, 4, 6, 6), leaf(4, 4, 1, 1)
+    y = remnant.conv_norm_act(x, w, recompute=True)
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 6, 5), (2, 3, 4, 5, 6)], ids=str)
+def test_shortcut(shape, average):
+    x = leaf(*shape)
+    pool = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[x.dim()]
+    every = (slice(None), slice(None), *[slice(None, None, 2)] * (x.dim() - 2))
+    taken = pool(x, 2) if average else x[every]
+    y = remnant.shortcut(x, 2, 5, average=average)
+    torch.testing.assert_close(y, torch.cat([taken, torch.zeros_like(taken[:, :2])], 1))
+    torch.testing.assert_close(remnant.shortcut(x, 2, 3, average=average), taken)
+    assert torch.autograd.gradcheck(lambda x: remnant.shortcut(x, 2, 5, average=average), (x,))
+    assert remnant.shortcut(x, 1, 3).data_ptr() != x.data_ptr()
+
+
+def test_shortcut_errors():
+    for arguments, message in [
+        ((torch.zeros(2, 3), 2, 3), r"\[N, C, L\]"),
+        ((torch.zeros(2, 3, 4), 0, 3), "stride must be positive, got 0"),
+        ((torch.zeros(2, 3, 4), 2, 2), "channels must be at least input's 3, got 2"),
+        ((torch.zeros(2, 3, 4, dtype=torch.long), 2, 3), "shortcut: input must be"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            remnant.shortcut(*arguments)
+
+
 def test_an_output_outlives_its_sum_and_the_other_way_round():
     x = leaf(2, 4, 6, 6)
     weights = [leaf(4, 4, 3, 3) for _ in range(2)]

@@ -213,6 +213,13 @@ def test_linear(requires_grad):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
+def test_shortcut(requires_grad):
+    x = torch.randn(2, 3, 6, 4, requires_grad=requires_grad)
+    opcheck(ops.shortcut.default, (x, 2, 5))
+    opcheck(ops.shortcut.default, (x, 2, 3, True))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
 def test_conv2d(requires_grad):
     x = torch.randn(2, 4, 8, 9, requires_grad=requires_grad)
     weight, bias = (torch.randn(*size, requires_grad=requires_grad) for size in ((6, 2, 3, 3), (6,)))

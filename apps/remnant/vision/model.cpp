@@ -1,13 +1,13 @@
 #include "vision/model.h"
 
 #include <remnant/memory.h>
+#include <remnant/ops/shortcut.h>
 
 #include <torch/nn/init.h>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/cross_entropy_loss.h>
 
 #include <charconv>
@@ -39,11 +39,12 @@ std::optional<int64_t> resnet_layers(const std::string& model) {
 
 bool is_resnet(const std::string& model) { return resnet_layers(model).has_value(); }
 
-ConvNormImpl::ConvNormImpl(int64_t in, int64_t out, int64_t stride)
+ConvNormImpl::ConvNormImpl(int64_t in, int64_t out, int64_t stride, bool recompute)
     : nn::ConvNormAct2dImpl([&] {
         nn::ConvNormActOptions options(in, out, 3);
         options.stride = {stride};
         options.padding = {1};
+        options.recompute = recompute;
         return options;
       }()) {
   torch::nn::init::kaiming_normal_(conv->weight, 0, torch::kFanOut, torch::kReLU);
@@ -68,10 +69,8 @@ ResidualBlockImpl::ResidualBlockImpl(int64_t in, int64_t out, int64_t stride)
 }
 
 Tensor ResidualBlockImpl::forward(const Tensor& x) {
-  Tensor shortcut = x;
-  if (stride_ > 1) shortcut = shortcut.slice(2, {}, {}, stride_).slice(3, {}, {}, stride_);
-  if (added_channels_ > 0) shortcut = at::constant_pad_nd(shortcut, {0, 0, 0, 0, 0, added_channels_});
-  return second_->forward(first_(x), shortcut);
+  const bool same = stride_ == 1 && added_channels_ == 0;
+  return second_->forward(first_(x), same ? x : shortcut(x, stride_, x.size(1) + added_channels_));
 }
 
 ChainImpl::ChainImpl(int64_t channels, int64_t layers) {
@@ -132,7 +131,8 @@ ClassifierImpl::ClassifierImpl(const ModelOptions& options) {
   const auto layers = resnet_layers(options.model);
   TORCH_CHECK(layers.has_value() || options.model == "chain" || options.model == "reversible",
               "no model is called ", options.model);
-  stem_ = register_module("stem", ConvNorm(3, options.width, options.model == "chain" ? 2 : 1));
+  // Cheap beside its output, and its input, the images, is there anyway.
+  stem_ = register_module("stem", ConvNorm(3, options.width, options.model == "chain" ? 2 : 1, true));
   blocks_ = register_module("blocks", torch::nn::Sequential());
   int64_t channels = options.width;
   if (layers.has_value()) {

@@ -28,7 +28,8 @@ bool is_resnet(const std::string& model);
 /// planner, under which a unit keeps one tensor, codes, or what PyTorch keeps.
 class ConvNormImpl : public nn::ConvNormAct2dImpl, public nn::KeepsByChoice {
  public:
-  ConvNormImpl(int64_t in, int64_t out, int64_t stride);
+  /// recompute: as of nn::ConvNormActOptions.
+  ConvNormImpl(int64_t in, int64_t out, int64_t stride, bool recompute = false);
   at::Tensor forward(const at::Tensor& x, const at::Tensor& residual = {});
   const LayerMemory& memory() const override { return memory_; }
   void set_memory(const LayerMemory& memory) override;

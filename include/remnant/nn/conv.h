@@ -41,6 +41,9 @@ struct REMNANT_API ConvNormActOptions {
   std::string activation = "relu";
   /// eager, exact or unbiased.
   Memory memory = Memory::exact();
+  /// Under exact: keep the input alone and convolve again in backward. For a convolution that is cheap beside
+  /// what its output takes, such as a 1x1 shortcut or the first layer.
+  bool recompute = false;
 };
 
 namespace detail {

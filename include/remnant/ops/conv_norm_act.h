@@ -28,6 +28,9 @@ struct REMNANT_API ConvNormActOptions {
   /// eager, exact or unbiased.
   Memory memory = Memory::exact();
   std::optional<at::Generator> generator;
+  /// Under exact: keep the input alone, and convolve again in backward for whoever needs the sum or the
+  /// output.
+  bool recompute = false;
 };
 
 /// y = activation(norm(convolution(input, weight) + bias) * norm_weight + norm_bias + residual).
@@ -42,6 +45,10 @@ struct REMNANT_API ConvNormActOptions {
 ///    gradient needs, so that the ReLU's output is kept by nobody and each storage has several readers; x^
 ///    comes back as (sum - norm_bias - residual) / norm_weight. Channels where norm_weight is too small for
 ///    that (0 among them) keep x^ aside.
+///  * exact, recompute: input alone, which another unit's sum or a step's data often gives anyway; so for a
+///    1x1 shortcut or a network's first layer. The convolution runs again for this unit's own backward (not
+///    where neither the norm nor the activation needs it), for a unit that reads the output, and for one that
+///    takes it as residual. Where input comes from codes, as exact.
 ///  * unbiased:bits=b: codes of x^ with an exact sign at the activation's kink, which are mask, x^ and the
 ///    next unit's input at once; with a residual codes of x^ and of the sum; codes of an input that no unit
 ///    made. weight's gradient is unbiased, input's has a second-order bias through the norm

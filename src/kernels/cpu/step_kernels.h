@@ -157,11 +157,6 @@ struct ConvUnit {
   double* sums = nullptr;
 };
 
-/// Bytes of scratch that moments and reduction need.
-constexpr int64_t conv_unit_scratch_bytes(int64_t channels) {
-  return 2 * channels * static_cast<int64_t>(sizeof(double));
-}
-
 struct CpuKernels;
 struct StepKernels {
   /// Rows [begin, end).
@@ -179,9 +174,9 @@ struct StepKernels {
   void (*transpose_floats)(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
                            int64_t to_stride);
   /// Elements [begin, end).
-  void (*unit_moments)(const ConvUnit&, int64_t begin, int64_t end, void* scratch);
+  void (*unit_moments)(const ConvUnit&, int64_t begin, int64_t end);
   void (*unit_forward)(const ConvUnit&, int64_t begin, int64_t end);
-  void (*unit_reduce)(const ConvUnit&, int64_t begin, int64_t end, void* scratch);
+  void (*unit_reduce)(const ConvUnit&, int64_t begin, int64_t end);
   void (*unit_backward)(const ConvUnit&, int64_t begin, int64_t end);
 };
 

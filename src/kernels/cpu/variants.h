@@ -35,9 +35,9 @@
   void decode(const LowBits& problem, int64_t begin, int64_t end);                                         \
   void transpose_floats(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,     \
                         int64_t to_stride);                                                                \
-  void unit_moments(const ConvUnit& problem, int64_t begin, int64_t end, void* scratch);                   \
+  void unit_moments(const ConvUnit& problem, int64_t begin, int64_t end);                                  \
   void unit_forward(const ConvUnit& problem, int64_t begin, int64_t end);                                  \
-  void unit_reduce(const ConvUnit& problem, int64_t begin, int64_t end, void* scratch);                    \
+  void unit_reduce(const ConvUnit& problem, int64_t begin, int64_t end);                                   \
   void unit_backward(const ConvUnit& problem, int64_t begin, int64_t end);                                 \
   }
 
