@@ -440,11 +440,15 @@ void compare_hidden(const CpuKernels& cpu, int64_t n, kernels::HiddenActivation 
   for (size_t e = 0; e < product.size(); ++e) {
     const double x = product[e] + bias[e % n], factor = dropout > 0 && hidden[e] == 0 ? 0 : p.keep_scale;
     const double value = relu ? std::max(x, 0.0) : gelu(x), slope = relu ? (x > 0 ? 1 : 0) : gelu_slope(x);
-    if (!relu || x > 0) EXPECT_NEAR(hidden[e], value * factor, 2e-6 * 5) << n << " " << e;
+    if (!relu || x > 0) {
+      EXPECT_NEAR(hidden[e], value * factor, 2e-6 * 5) << n << " " << e;
+    }
     EXPECT_NEAR(back[e], value * factor, reach * p.keep_scale) << n << " " << bits << " " << e;
     EXPECT_NEAR(grad_back[e], grad[e] * slope * factor, (relu ? 1e-5 : 0.6) * p.keep_scale)
         << n << " " << bits << " " << e;
-    if (factor == 0) EXPECT_EQ(back[e], 0) << n << " " << e;
+    if (factor == 0) {
+      EXPECT_EQ(back[e], 0) << n << " " << e;
+    }
   }
 }
 
