@@ -109,8 +109,9 @@ TEST(Report, LayersThatAreForetoldComeBeforeRows) {
   EXPECT_EQ(layers[0].described_kept, 10);
   EXPECT_EQ(layers[0].predicted, 11);
   EXPECT_EQ(layers[0].eager, 40);
-  EXPECT_THROW(memory_by_layer(ordered_json::parse(R"({"rows": [], "layers": [{"layer": "a"}]})"), "memory.json"),
-               Error);
+  EXPECT_THROW(
+      memory_by_layer(ordered_json::parse(R"({"rows": [], "layers": [{"layer": "a"}]})"), "memory.json"),
+      Error);
 }
 
 TEST(Report, ThePeakIsLabelledWithItsPhase) {
