@@ -36,17 +36,34 @@ struct BytesOf {
   typedef uint8_t Loose __attribute__((vector_size(kWidth<T>), aligned(1), may_alias));
 };
 
+// By way of 16 bits, which compilers have instructions for.
 template <typename T>
-REMNANT_ALWAYS_INLINE T highest_lane(Vector<T> v) {
-  T best = v[0];
-  for (int l = 1; l < kWidth<T>; ++l) best = v[l] > best ? v[l] : best;
-  return best;
+REMNANT_ALWAYS_INLINE Bits<T> load_bytes(const uint8_t* p) {
+  const typename BytesOf<T>::Type bytes = *reinterpret_cast<const typename BytesOf<T>::Loose*>(p);
+  return (Bits<T>)widen<T>(__builtin_convertvector(bytes, Shorts<T>));
+}
+template <typename T>
+REMNANT_ALWAYS_INLINE void store_bytes(uint8_t* p, Bits<T> v) {
+  const Shorts<T> shorts = __builtin_convertvector((UnsignedBits<T>)v & 255u, Shorts<T>);
+  *reinterpret_cast<typename BytesOf<T>::Loose*>(p) =
+      __builtin_convertvector(shorts, typename BytesOf<T>::Type);
 }
 
-// Codes of a group, one a byte, to bits and back; kWhole: size is kCodeGroup.
-template <bool kWhole, int kBits>
+template <typename T>
+REMNANT_ALWAYS_INLINE T highest_lane(Vector<T> v) {
+  using Lanes = std::make_index_sequence<static_cast<size_t>(kWidth<T>)>;
+  const auto with = [&](Vector<T> other) __attribute__((always_inline)) { v = other > v ? other : v; };
+  if constexpr (kWidth<T> > 8) with(swap_blocks<8>(v, Lanes{}));
+  if constexpr (kWidth<T> > 4) with(swap_blocks<4>(v, Lanes{}));
+  if constexpr (kWidth<T> > 2) with(swap_blocks<2>(v, Lanes{}));
+  with(swap_blocks<1>(v, Lanes{}));
+  return v[0];
+}
+
+// Codes of a short group, one a byte, to bits and back.
+template <int kBits>
 REMNANT_ALWAYS_INLINE void pack(const uint8_t* codes, int64_t size, uint8_t* out) {
-  const int64_t stride = kWhole ? kCodeGroup * kBits / 8 : (size * kBits + 7) / 8;
+  const int64_t stride = (size * kBits + 7) / 8;
   for (int64_t k = 0; k < stride; ++k) {
     uint32_t byte = codes[k];
     for (int part = 1; part < 8 / kBits; ++part) {
@@ -55,14 +72,31 @@ REMNANT_ALWAYS_INLINE void pack(const uint8_t* codes, int64_t size, uint8_t* out
     out[k] = static_cast<uint8_t>(byte);
   }
 }
-template <bool kWhole, int kBits>
+template <int kBits>
 REMNANT_ALWAYS_INLINE void unpack(const uint8_t* in, int64_t size, uint8_t* codes) {
-  const int64_t stride = kWhole ? kCodeGroup * kBits / 8 : (size * kBits + 7) / 8;
+  const int64_t stride = (size * kBits + 7) / 8;
   for (int part = 0; part < 8 / kBits; ++part) {
     for (int64_t k = 0; k < stride; ++k) {
       codes[k + part * stride] = static_cast<uint8_t>((in[k] >> (part * kBits)) & ((1 << kBits) - 1));
     }
   }
+}
+// Of a whole group, a vector for each kWidth elements.
+template <typename T, int kBits>
+REMNANT_ALWAYS_INLINE void pack_vectors(const Bits<T> (&codes)[kCodeGroup / kWidth<T>], uint8_t* out) {
+  constexpr int64_t stride = kCodeGroup * kBits / 8;
+  for (int64_t k = 0; k < stride; k += kWidth<T>) {
+    Bits<T> bytes = codes[k / kWidth<T>];
+    for (int part = 1; part < 8 / kBits; ++part) {
+      bytes |= codes[(k + part * stride) / kWidth<T>] << (part * kBits);
+    }
+    store_bytes<T>(out + k, bytes);
+  }
+}
+template <typename T, int kBits>
+REMNANT_ALWAYS_INLINE Bits<T> unpack_vector(const uint8_t* in, int64_t j) {
+  constexpr int64_t stride = kCodeGroup * kBits / 8;
+  return load_bytes<T>(in + j % stride) >> (j / stride * kBits) & ((1 << kBits) - 1);
 }
 
 template <bool kWhole, int kBits, bool kKinked, typename S>
@@ -114,12 +148,10 @@ REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t
   }
   table[0] = minimum;
   table[1] = step;
+  Bits<A> vectors[kCodeGroup / kWidth<A>] = {};
   // A byte's parts beyond a short group are 0.
-  alignas(64) uint8_t codes[kWhole ? kCodeGroup : 2 * kCodeGroup + 8];
-  if constexpr (!kWhole) std::memset(codes, 0, sizeof(codes));
-  if (!kKinked && inverse == 0) {
-    std::memset(codes, 0, static_cast<size_t>(count));
-  } else {
+  alignas(64) uint8_t codes[kWhole ? 1 : 2 * kCodeGroup + 8] = {};
+  if (kKinked || inverse != 0) {
     each_vector<A>(count, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       const Vector<A> u =
           __builtin_convertvector((Bits<A>)widen<A>(load_shorts<A>(random + j)), Vector<A>) * A(0x1p-16) +
@@ -129,26 +161,30 @@ REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t
                                       : (v - low) * inverse + u;
       Bits<A> code = __builtin_convertvector(level < levels ? level : broadcast(levels), Bits<A>);
       if constexpr (kKinked) code |= v > A(0) ? Bits<A>{} : Bits<A>{} + (Lane(1) << (kBits - 1));
-      const auto bytes = __builtin_convertvector(code & static_cast<Lane>(255), typename BytesOf<A>::Type);
-      if constexpr (std::is_same_v<decltype(lanes), int64_t>) {
-        for (int64_t l = 0; l < lanes; ++l) codes[j + l] = bytes[l];
+      if constexpr (kWhole) {
+        vectors[j / kWidth<A>] = code;
+      } else if constexpr (std::is_same_v<decltype(lanes), int64_t>) {
+        for (int64_t l = 0; l < lanes; ++l) codes[j + l] = static_cast<uint8_t>(code[l]);
       } else {
-        *reinterpret_cast<typename BytesOf<A>::Loose*>(codes + j) = bytes;
+        store_bytes<A>(codes + j, code);
       }
     });
   }
-  pack<kWhole, kBits>(codes, count, out);
+  if constexpr (kWhole) {
+    pack_vectors<A, kBits>(vectors, out);
+  } else {
+    pack<kBits>(codes, count, out);
+  }
 }
 
 template <bool kWhole, int kBits, bool kKinked, typename S>
 REMNANT_ALWAYS_INLINE void decode_group(const uint8_t* in, const uint16_t* table, int64_t size, S* y) {
   using A = Wide<S>;
   const A low = widen_bfloat16(table[0]), step = widen_bfloat16(table[1]);
-  alignas(64) uint8_t codes[kWhole ? kCodeGroup : 2 * kCodeGroup + 8];
-  unpack<kWhole, kBits>(in, size, codes);
+  alignas(64) uint8_t codes[kWhole ? 1 : 2 * kCodeGroup + 8];
+  if constexpr (!kWhole) unpack<kBits>(in, size, codes);
   each_vector<A>(kWhole ? kCodeGroup : size, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-    const auto bytes = *reinterpret_cast<const typename BytesOf<A>::Loose*>(codes + j);
-    const Bits<A> code = __builtin_convertvector((typename BytesOf<A>::Type)bytes, Bits<A>);
+    const Bits<A> code = kWhole ? unpack_vector<A, kBits>(in, j) : load_bytes<A>(codes + j);
     if constexpr (kKinked) {
       constexpr int sign = 1 << (kBits - 1);
       const Vector<A> level = __builtin_convertvector(code & (sign - 1), Vector<A>);
