@@ -137,7 +137,6 @@ struct CrossEntropyRows {
   T* losses = nullptr;    // one a row, 0 where ignored
 };
 
-
 /// Rows of a feed-forward block's hidden layer, contiguous. Element (i, j) is dropped by column j of row
 /// first_row + i of head 0, as an attention matrix's would be.
 template <typename T>

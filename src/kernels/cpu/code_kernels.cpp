@@ -56,12 +56,10 @@ REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t
   }
   table[0] = minimum;
   table[1] = step;
+  Bits<A> vectors[kCodeGroup / kWidth<A>] = {};
   // A byte's parts beyond a short group are 0.
-  alignas(64) uint8_t codes[kWhole ? kCodeGroup : 2 * kCodeGroup + 8];
-  if constexpr (!kWhole) std::memset(codes, 0, sizeof(codes));
-  if (!kKinked && inverse == 0) {
-    std::memset(codes, 0, static_cast<size_t>(count));
-  } else {
+  alignas(64) uint8_t codes[kWhole ? 1 : 2 * kCodeGroup + 8] = {};
+  if (kKinked || inverse != 0) {
     each_vector<A>(count, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       const Vector<A> u =
           __builtin_convertvector((Bits<A>)widen<A>(load_shorts<A>(random + j)), Vector<A>) * A(0x1p-16) +
@@ -71,26 +69,30 @@ REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t
                                       : (v - low) * inverse + u;
       Bits<A> code = __builtin_convertvector(level < levels ? level : broadcast(levels), Bits<A>);
       if constexpr (kKinked) code |= v > A(0) ? Bits<A>{} : Bits<A>{} + (Lane(1) << (kBits - 1));
-      const auto bytes = __builtin_convertvector(code & static_cast<Lane>(255), typename BytesOf<A>::Type);
-      if constexpr (std::is_same_v<decltype(lanes), int64_t>) {
-        for (int64_t l = 0; l < lanes; ++l) codes[j + l] = bytes[l];
+      if constexpr (kWhole) {
+        vectors[j / kWidth<A>] = code;
+      } else if constexpr (std::is_same_v<decltype(lanes), int64_t>) {
+        for (int64_t l = 0; l < lanes; ++l) codes[j + l] = static_cast<uint8_t>(code[l]);
       } else {
-        *reinterpret_cast<typename BytesOf<A>::Loose*>(codes + j) = bytes;
+        store_bytes<A>(codes + j, code);
       }
     });
   }
-  pack<kWhole, kBits>(codes, count, out);
+  if constexpr (kWhole) {
+    pack_vectors<A, kBits>(vectors, out);
+  } else {
+    pack<kBits>(codes, count, out);
+  }
 }
 
 template <bool kWhole, int kBits, bool kKinked, typename S>
 REMNANT_ALWAYS_INLINE void decode_group(const uint8_t* in, const uint16_t* table, int64_t size, S* y) {
   using A = Wide<S>;
   const A low = widen_bfloat16(table[0]), step = widen_bfloat16(table[1]);
-  alignas(64) uint8_t codes[kWhole ? kCodeGroup : 2 * kCodeGroup + 8];
-  unpack<kWhole, kBits>(in, size, codes);
+  alignas(64) uint8_t codes[kWhole ? 1 : 2 * kCodeGroup + 8];
+  if constexpr (!kWhole) unpack<kBits>(in, size, codes);
   each_vector<A>(kWhole ? kCodeGroup : size, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-    const auto bytes = *reinterpret_cast<const typename BytesOf<A>::Loose*>(codes + j);
-    const Bits<A> code = __builtin_convertvector((typename BytesOf<A>::Type)bytes, Bits<A>);
+    const Bits<A> code = kWhole ? unpack_vector<A, kBits>(in, j) : load_bytes<A>(codes + j);
     if constexpr (kKinked) {
       constexpr int sign = 1 << (kBits - 1);
       const Vector<A> level = __builtin_convertvector(code & (sign - 1), Vector<A>);

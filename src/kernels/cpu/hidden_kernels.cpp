@@ -4,6 +4,8 @@
 #include "kernels/cpu/low_bits.h"
 #include "kernels/cpu/variants.h"
 
+#include <iterator>
+
 namespace remnant::kernels::REMNANT_VARIANT {
 namespace {
 
@@ -148,18 +150,6 @@ REMNANT_ALWAYS_INLINE Vector<T> uniform(const uint16_t* random) {
          T(0x1p-17);
 }
 
-template <typename T>
-REMNANT_ALWAYS_INLINE void store_bytes(uint8_t* out, Bits<T> code) {
-  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  *reinterpret_cast<typename BytesOf<T>::Loose*>(out) =
-      __builtin_convertvector(code & static_cast<Lane>(255), typename BytesOf<T>::Type);
-}
-template <typename T>
-REMNANT_ALWAYS_INLINE Bits<T> load_bytes(const uint8_t* in) {
-  return __builtin_convertvector(
-      (typename BytesOf<T>::Type) * reinterpret_cast<const typename BytesOf<T>::Loose*>(in), Bits<T>);
-}
-
 // Room for the codes of a group, one a byte, and for what packing and whole vectors reach beyond.
 constexpr int64_t kGroupRoom = 2 * kCodeGroup + 8;
 
@@ -175,42 +165,57 @@ REMNANT_ALWAYS_INLINE GroupPlace place_of(const HiddenRows<T>& rows, int64_t row
   return {codes + group * kCodeGroup * low_bits / 8, behind + group * kCodeGroup / 4, behind + group * 2};
 }
 
-template <bool kWhole>
+// Codes of a group, in vectors where it is whole, else one a byte.
+template <typename T>
+using GroupCodes = Bits<T>[kCodeGroup / kWidth<T>];
+template <typename T>
+REMNANT_ALWAYS_INLINE void pack_group(int64_t bits, GroupCodes<T>& codes, const GroupPlace& place) {
+  if (bits == 8) return pack_vectors<T, 8>(codes, place.low);
+  if (bits == 2) return pack_vectors<T, 2>(codes, place.low);
+  if (bits == 6) {
+    GroupCodes<T> tops;
+    for (size_t i = 0; i < std::size(codes); ++i) {
+      tops[i] = codes[i] >> 4;
+      codes[i] &= 15;
+    }
+    pack_vectors<T, 2>(tops, place.tops);
+  }
+  pack_vectors<T, 4>(codes, place.low);
+}
 REMNANT_ALWAYS_INLINE void pack_group(int64_t bits, uint8_t* codes, int64_t size, const GroupPlace& place) {
-  if (bits == 8) return pack<kWhole, 8>(codes, size, place.low);
-  if (bits == 2) return pack<kWhole, 2>(codes, size, place.low);
+  if (bits == 8) return pack<8>(codes, size, place.low);
+  if (bits == 2) return pack<2>(codes, size, place.low);
   if (bits == 6) {
     uint8_t tops[kGroupRoom] = {};
     for (int64_t k = 0; k < size; ++k) {
       tops[k] = static_cast<uint8_t>(codes[k] >> 4);
       codes[k] &= 15;
     }
-    pack<kWhole, 2>(tops, size, place.tops);
+    pack<2>(tops, size, place.tops);
   }
-  pack<kWhole, 4>(codes, size, place.low);
+  pack<4>(codes, size, place.low);
 }
-template <bool kWhole>
+template <typename T>
+REMNANT_ALWAYS_INLINE Bits<T> unpack_vector(int64_t bits, const GroupPlace& place, int64_t j) {
+  if (bits == 8) return load_bytes<T>(place.low + j);
+  if (bits == 2) return unpack_vector<T, 2>(place.low, j);
+  const Bits<T> low = unpack_vector<T, 4>(place.low, j);
+  return bits == 6 ? low | unpack_vector<T, 2>(place.tops, j) << 4 : low;
+}
 REMNANT_ALWAYS_INLINE void unpack_group(int64_t bits, const GroupPlace& place, int64_t size, uint8_t* codes) {
-  if (bits == 8) return unpack<kWhole, 8>(place.low, size, codes);
-  if (bits == 2) return unpack<kWhole, 2>(place.low, size, codes);
-  unpack<kWhole, 4>(place.low, size, codes);
+  if (bits == 8) return unpack<8>(place.low, size, codes);
+  if (bits == 2) return unpack<2>(place.low, size, codes);
+  unpack<4>(place.low, size, codes);
   if (bits == 6) {
     uint8_t tops[kGroupRoom];
-    unpack<kWhole, 2>(place.tops, size, tops);
+    unpack<2>(place.tops, size, tops);
     for (int64_t k = 0; k < size; ++k) codes[k] = static_cast<uint8_t>(codes[k] | tops[k] << 4);
   }
 }
 
-// Products of a group -> codes of what they become.
-template <typename T>
-REMNANT_ALWAYS_INLINE void encode_gelu(const HiddenGrid<T>& grid, Vector<T> x, Vector<T> cdf,
-                                       const uint16_t* random, uint8_t* codes) {
-  store_bytes<T>(codes, draw_code<T>(grid, x, x * cdf, slope<T>(x, cdf), uniform<T>(random)));
-}
-
 template <typename T>
 REMNANT_ALWAYS_INLINE void encode_relu(const T* x, int64_t size, int64_t bits, const uint16_t* random,
-                                       uint8_t* codes, uint8_t* step_bytes) {
+                                       GroupCodes<T>& codes, uint8_t* step_bytes) {
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   const T levels = static_cast<T>((1 << bits) - 2);
   Vector<T> highest{};
@@ -234,7 +239,7 @@ REMNANT_ALWAYS_INLINE void encode_relu(const T* x, int64_t size, int64_t bits, c
     const Vector<T> level = v * inverse + uniform<T>(random + j);
     const Bits<T> code =
         __builtin_convertvector(level < levels ? level : broadcast(levels), Bits<T>) + static_cast<Lane>(1);
-    store_bytes<T>(codes + j, v > T(0) ? code : Bits<T>{});
+    codes[j / kWidth<T>] = v > T(0) ? code : Bits<T>{};
   }
 }
 
@@ -257,11 +262,8 @@ REMNANT_ALWAYS_INLINE void encode_row(const HiddenRows<T>& rows, int64_t row) {
       const int64_t size = std::min(columns - j, kCodeGroup);
       const GroupPlace place = place_of(rows, row, (first + j) / kCodeGroup);
       alignas(64) T x[kCodeGroup];
-      alignas(64) uint8_t codes[kGroupRoom];
-      if (size < kCodeGroup) {
-        std::memset(codes, 0, sizeof(codes));
-        std::memset(x, 0, sizeof(x));
-      }
+      GroupCodes<T> codes = {};
+      if (size < kCodeGroup) std::memset(x, 0, sizeof(x));
       for (int64_t k = 0; k < size; k += width) {
         const int64_t count = std::min(size - k, width), at = first + j + k;
         Vector<T> v = count == width ? load(hidden + at) : load_part(hidden + at, count);
@@ -276,7 +278,8 @@ REMNANT_ALWAYS_INLINE void encode_row(const HiddenRows<T>& rows, int64_t row) {
           y = activate<T>(v, HiddenActivation::relu) * factor;
         } else {
           const Vector<T> cdf = normal_cdf(v);
-          encode_gelu<T>(*rows.grid, v, cdf, random + j + k, codes + k);
+          codes[k / width] =
+              draw_code<T>(*rows.grid, v, v * cdf, slope<T>(v, cdf), uniform<T>(random + j + k));
           y = v * cdf * factor;
         }
         if (count == width) {
@@ -289,10 +292,11 @@ REMNANT_ALWAYS_INLINE void encode_row(const HiddenRows<T>& rows, int64_t row) {
         encode_relu<T>(x, size, rows.bits, random + j, codes, place.step);
       }
       if (size == kCodeGroup) {
-        pack_group<true>(rows.bits, codes, size, place);
+        pack_group<T>(rows.bits, codes, place);
       } else {
-        std::memset(codes + size, 0, static_cast<size_t>(kGroupRoom - size));
-        pack_group<false>(rows.bits, codes, size, place);
+        uint8_t bytes[kGroupRoom] = {};
+        for (int64_t k = 0; k < size; ++k) bytes[k] = static_cast<uint8_t>(codes[k / width][k % width]);
+        pack_group(rows.bits, bytes, size, place);
       }
     }
   }
@@ -315,11 +319,11 @@ REMNANT_ALWAYS_INLINE void decode_row(const HiddenRows<T>& rows, int64_t row) {
     for (int64_t j = 0; j < columns; j += kCodeGroup) {
       const int64_t size = std::min(columns - j, kCodeGroup);
       const GroupPlace place = place_of(rows, row, (first + j) / kCodeGroup);
-      alignas(64) uint8_t codes[kGroupRoom] = {};
-      if (size == kCodeGroup) {
-        unpack_group<true>(rows.bits, place, size, codes);
-      } else {
-        unpack_group<false>(rows.bits, place, size, codes);
+      alignas(64) uint8_t codes[kGroupRoom];
+      const bool whole_group = size == kCodeGroup;
+      if (!whole_group) {
+        std::memset(codes, 0, sizeof(codes));
+        unpack_group(rows.bits, place, size, codes);
       }
       T step = 0, nothing = 0;
       if (relu) {
@@ -334,7 +338,7 @@ REMNANT_ALWAYS_INLINE void decode_row(const HiddenRows<T>& rows, int64_t row) {
         const Vector<T> factor = rows.threshold > 0
                                      ? dropout_factor<T>(drops + j + k, rows.threshold, rows.keep_scale)
                                      : broadcast(T(1));
-        const Bits<T> code = load_bytes<T>(codes + k);
+        const Bits<T> code = whole_group ? unpack_vector<T>(rows.bits, place, k) : load_bytes<T>(codes + k);
         Vector<T> y, derivative;
         if (relu) {
           const Bits<T> passes = code > static_cast<Lane>(0);
