@@ -30,6 +30,12 @@ namespace {
 using Activation = kernels::HiddenActivation;
 using Grid = kernels::HiddenGrid<double>;
 
+// Half types on a CPU: their codes are made and read in float32, a block at a time.
+bool runs_wide_kernel(const at::Tensor& hidden) {
+  return hidden.device().is_cpu() && fused_on_cpu() &&
+         (hidden.scalar_type() == at::kBFloat16 || hidden.scalar_type() == at::kHalf);
+}
+
 bool runs_kernel(const at::Tensor& hidden) {
   return hidden.device().is_cpu() && hidden.scalar_type() != at::kBFloat16 &&
          hidden.scalar_type() != at::kHalf && fused_on_cpu();
@@ -253,6 +259,14 @@ void hidden_encode(at::Tensor& hidden, at::Tensor& codes, const HiddenLayer& lay
     }
     return;
   }
+  if (runs_wide_kernel(hidden)) {
+    HiddenLayer biased = layer;
+    biased.bias.reset();  // hidden_product has added it
+    at::Tensor wide = hidden.to(at::kFloat);
+    hidden_encode(wide, codes, biased, first);
+    hidden.copy_(wide);
+    return;
+  }
   const int64_t bits = kernels::hidden_code_bits(layer.activation, layer.bits);
   const at::Tensor x = hidden.to(accumulation_type(hidden.scalar_type()));
   const at::Tensor noise = rounding_noise(x, layer.seed, first);
@@ -278,6 +292,14 @@ void hidden_decode(at::Tensor& hidden, at::Tensor& grad, const at::Tensor& codes
     } else {
       run_kernel<double>(hidden, grad, codes, layer, first, kernels::cpu_kernels().hidden_decode_double);
     }
+    return;
+  }
+  if (runs_wide_kernel(hidden)) {
+    at::Tensor wide = at::empty(hidden.sizes(), hidden.options().dtype(at::kFloat));
+    at::Tensor wide_grad = grad.to(at::kFloat);
+    hidden_decode(wide, wide_grad, codes, layer, first);
+    hidden.copy_(wide);
+    grad.copy_(wide_grad);
     return;
   }
   const int64_t bits = kernels::hidden_code_bits(layer.activation, layer.bits), columns = hidden.size(1);
