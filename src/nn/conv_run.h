@@ -173,8 +173,8 @@ class NormPart : public RunPartOf<typename TorchTypes<kSpatial>::Norm, NormPart<
 class ActivationPart : public torch::nn::Cloneable<ActivationPart>, public RunPart {
  public:
   /// `activation` as conv_norm_act takes it.
-  ActivationPart(torch::nn::AnyModule original, const char* original_type, std::string activation)
-      : original_(std::move(original)), original_type_(original_type), activation_(std::move(activation)) {
+  ActivationPart(const torch::nn::AnyModule& original, const char* original_type, std::string activation)
+      : original_(original), original_type_(original_type), activation_(std::move(activation)) {
     train(original_.ptr()->is_training());
   }
   void reset() override {}
@@ -182,9 +182,10 @@ class ActivationPart : public torch::nn::Cloneable<ActivationPart>, public RunPa
     stream << "remnant::nn::ConvNormAct of ";
     original_.ptr()->pretty_print(stream);
   }
-  at::Tensor forward(UnitCall call) {
-    call.options.activation = activation_;
-    return call.compute();
+  at::Tensor forward(const UnitCall& call) {
+    UnitCall whole = call;
+    whole.options.activation = activation_;
+    return whole.compute();
   }
   torch::nn::AnyModule original() const override {
     original_.ptr()->train(is_training());
