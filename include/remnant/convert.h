@@ -30,6 +30,12 @@ struct REMNANT_API Conversion {
 /// -DecoderLayer, TransformerEncoder and -Decoder, LayerNorm over the last dimension, and Dropout. Others
 /// keep no more under remnant::nn and stay.
 ///
+/// A Conv1d, 2d or 3d, the BatchNorm of as many channels behind it and a ReLU, LeakyReLU or SiLU behind that
+/// (or none) become one unit as remnant::conv_norm_act, where they follow each other in a
+/// torch::nn::Sequential: each part stays in its place with its tensors, and the last one computes, so that
+/// the Sequential as a whole can be called, and not one part alone. A 1x1 convolution with a stride and no
+/// activation, a shortcut, keeps its input alone. What a unit returns may be changed in place.
+///
 /// Parameters are the very same tensors, in the same order under the same names, and linear layers, norms
 /// and dropouts inside of Transformer layers the same modules, so that optimizers, train and eval mode,
 /// requires_grad, devices, dtypes and sharing hold on. Outputs and gradients are equal up to rounding;
@@ -40,7 +46,7 @@ struct REMNANT_API Conversion {
 /// can be replaced: the parts of a torch::nn::Sequential, encoder and decoder of a torch::nn::Transformer,
 /// and what a class names by nn::ConvertibleParts. The rest is `left` as it is, with its reason: members
 /// declared by their type, elements of a ModuleList, and modules that remnant::nn has no equal for, such as
-/// a layer with an activation function of the user's.
+/// a layer with an activation function of the user's or a convolution that pads by reflection.
 ///
 /// Throws c10::Error for a budget, which needs `plan`; the model is then as it was.
 REMNANT_API Conversion convert(torch::nn::Module& model, const LayerMemory& memory);

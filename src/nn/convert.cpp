@@ -5,12 +5,16 @@
 #include <remnant/nn/transformer_stack.h>
 #include <remnant/plan.h>
 
+#include "nn/conv_run.h"
+
 #include <ATen/Context.h>
 #include <ATen/core/Generator.h>
 #include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/modules/container/any.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/normalization.h>
 #include <torch/nn/modules/transformer.h>
@@ -18,6 +22,7 @@
 #include <torch/nn/modules/transformerlayer.h>
 
 #include <algorithm>
+#include <charconv>
 #include <map>
 #include <memory>
 #include <set>
@@ -175,6 +180,7 @@ class Walk {
     meet(module);
     if (!visited_.insert(&module).second || is_whole(module)) return;
     const std::vector<AnyModule*> slots = slots_of(module);
+    const std::map<Module*, AnyModule> runs = find_runs(module, path);
     for (const auto& child : module.named_children()) {
       // A stack's layers go with it.
       if (is_stack(module) && child.key() == "layers") continue;
@@ -183,7 +189,10 @@ class Walk {
       for (AnyModule* slot : slots) {
         if (!slot->is_empty() && slot->ptr() == child.value()) its_slots.push_back(slot);
       }
-      if (its_slots.empty()) {
+      const auto part = runs.find(child.value().get());
+      if (part != runs.end()) {
+        replace(its_slots, &module, child.key(), name, part->second);
+      } else if (its_slots.empty()) {
         visit_typed(module, *child.value(), name);
       } else {
         visit_slots(its_slots, &module, child.key(), name);
@@ -209,9 +218,17 @@ class Walk {
       left(name, error.what_without_backtrace());
       return visit(*module, name);
     }
-    result_.converted.push_back(name);
-    exchanges_.push_back({slots, parent, key, twin});
+    replace(slots, parent, key, name, twin);
     visit(*twin.ptr(), name);
+  }
+
+  /// Notes how often `model` and what it holds have each module.
+  void count(const Module& model) {
+    if (!counted_.insert(&model).second) return;
+    for (const auto& child : model.named_children()) {
+      ++uses_[child.value().get()];
+      count(*child.value());
+    }
   }
 
   /// The model where nobody's member or slot is known that holds it.
@@ -239,8 +256,16 @@ class Walk {
   virtual AnyModule make(const std::shared_ptr<Module>& module) = 0;
   /// Told of every module that stays.
   virtual void meet(Module& module) {}
+  /// Parts of `module` that are replaced together, and what takes the place of each.
+  virtual std::map<Module*, AnyModule> find_runs(Module& module, const std::string& path) { return {}; }
   /// The reason why a part that is not called through an AnyModule stays.
   virtual std::string typed_reason(const Module& parent, const char* replacement) const = 0;
+
+  void left(const std::string& name, const std::string& reason) { result_.left.push_back({name, reason}); }
+  bool used_elsewhere(const Module& module) const {
+    const auto found = uses_.find(&module);
+    return found != uses_.end() && found->second > 1;
+  }
 
   /// The twin of `source`, made once, so that what was shared stays shared.
   template <typename To, typename From, typename Make>
@@ -263,8 +288,14 @@ class Walk {
     visit(module, name);
   }
 
-  void left(const std::string& name, const std::string& reason) { result_.left.push_back({name, reason}); }
+  void replace(const std::vector<AnyModule*>& slots, Module* parent, const std::string& key,
+               const std::string& name, const AnyModule& twin) {
+    result_.converted.push_back(name);
+    exchanges_.push_back({slots, parent, key, twin});
+  }
 
+  std::set<const Module*> counted_;
+  std::map<const Module*, int> uses_;
   std::set<Module*> visited_;
   std::map<std::shared_ptr<Module>, std::shared_ptr<Module>> twins_;
   std::vector<Exchange> exchanges_;
@@ -305,6 +336,54 @@ void share_stack(To& twin, From& source, const char* layer_type, const MakeLayer
   }
 }
 
+/// An activation as conv_norm_act takes it; empty for others.
+std::string unit_activation(const Module& module, const char*& type) {
+  if (typeid(module) == typeid(torch::nn::ReLUImpl)) {
+    type = "torch::nn::ReLU";
+    return "relu";
+  }
+  if (typeid(module) == typeid(torch::nn::SiLUImpl)) {
+    type = "torch::nn::SiLU";
+    return "silu";
+  }
+  if (typeid(module) != typeid(torch::nn::LeakyReLUImpl)) return "";
+  type = "torch::nn::LeakyReLU";
+  const double slope = dynamic_cast<const torch::nn::LeakyReLUImpl&>(module).options.negative_slope();
+  char digits[32] = {};
+  std::to_chars(digits, digits + sizeof(digits), slope);
+  return slope >= 0 ? std::string("leaky:slope=") + digits : "";
+}
+
+template <size_t kSpatial>
+std::vector<int64_t> padding_of(const torch::nn::detail::ConvNdOptions<kSpatial>& options) {
+  if (!std::holds_alternative<torch::enumtype::kZeros>(options.padding_mode())) {
+    throw Refusal("its convolution pads with other numbers than zeros");
+  }
+  if (std::holds_alternative<torch::enumtype::kValid>(options.padding())) {
+    return std::vector<int64_t>(kSpatial, 0);
+  }
+  if (const auto* numbers = std::get_if<torch::ExpandingArray<kSpatial>>(&options.padding())) {
+    return at::IntArrayRef(*numbers).vec();
+  }
+  std::vector<int64_t> padding;
+  for (size_t i = 0; i < kSpatial; ++i) {
+    const int64_t both = (*options.dilation())[i] * ((*options.kernel_size())[i] - 1);
+    if (both % 2 != 0) throw Refusal("its convolution pads one side more than the other");
+    padding.push_back(both / 2);
+  }
+  return padding;
+}
+
+/// A convolution and its norm, the next in the order of registration.
+template <size_t kSpatial>
+bool follows(const Module& norm, const Module& conv) {
+  using Types = nn::detail::TorchTypes<kSpatial>;
+  const auto* first = dynamic_cast<const typename Types::Conv*>(&conv);
+  const auto* second = dynamic_cast<const typename Types::Norm*>(&norm);
+  return first != nullptr && second != nullptr &&
+         first->options.out_channels() == second->options.num_features();
+}
+
 class ToRemnant final : public Walk {
  public:
   explicit ToRemnant(const LayerMemory& memory) : memory_(memory) {}
@@ -336,6 +415,23 @@ class ToRemnant final : public Walk {
     if (auto* attention = dynamic_cast<nn::MultiheadAttentionImpl*>(&module)) {
       attention->options.keep(memory_.attention);
     }
+  }
+
+  std::map<Module*, AnyModule> find_runs(Module& module, const std::string& path) override {
+    std::map<Module*, AnyModule> parts;
+    const auto children = module.named_children().items();
+    for (size_t i = 0; i + 1 < children.size(); ++i) {
+      const std::shared_ptr<Module>&conv = children[i].value(), &norm = children[i + 1].value();
+      const std::shared_ptr<Module> after = i + 2 < children.size() ? children[i + 2].value() : nullptr;
+      try {
+        if (follows<1>(*norm, *conv)) add_run<1>(module, conv, norm, after, parts);
+        if (follows<2>(*norm, *conv)) add_run<2>(module, conv, norm, after, parts);
+        if (follows<3>(*norm, *conv)) add_run<3>(module, conv, norm, after, parts);
+      } catch (const Refusal& refusal) {
+        left(joined(path, children[i].key()), refusal.what());
+      }
+    }
+    return parts;
   }
 
   std::string typed_reason(const Module& parent, const char* replacement) const override {
@@ -394,6 +490,68 @@ class ToRemnant final : public Walk {
   }
 
  private:
+  /// Puts what replaces a convolution, its norm and, if there is one, its activation into `parts`.
+  template <size_t kSpatial>
+  void add_run(const Module& parent, const std::shared_ptr<Module>& conv, const std::shared_ptr<Module>& norm,
+               const std::shared_ptr<Module>& after, std::map<Module*, AnyModule>& parts) {
+    using Types = nn::detail::TorchTypes<kSpatial>;
+    if (dynamic_cast<const torch::nn::SequentialImpl*>(&parent) == nullptr) {
+      throw Refusal(
+          "its owner calls it and its norm one by one: put both and the activation into a "
+          "torch::nn::Sequential, or declare a remnant::nn::ConvNormAct" +
+          std::to_string(kSpatial) + "d in their place");
+    }
+    if (typeid(parent) != typeid(torch::nn::SequentialImpl)) {
+      throw Refusal("it is in a class derived from torch::nn::Sequential, whose forward may be its own");
+    }
+    const auto first = exactly<typename Types::Conv>(conv, Types::kConv);
+    const auto second = exactly<typename Types::Norm>(norm, Types::kNorm);
+    const char* type = nullptr;
+    const std::string activation = after ? unit_activation(*after, type) : "";
+    if (used_elsewhere(*conv) || used_elsewhere(*norm) || (!activation.empty() && used_elsewhere(*after))) {
+      throw Refusal("it, its norm or its activation is in the model at another place too");
+    }
+    const auto& options = first->options;
+    bool cheap = activation.empty();
+    bool strided = false;
+    for (size_t i = 0; i < kSpatial; ++i) {
+      cheap = cheap && (*options.kernel_size())[i] == 1;
+      strided = strided || (*options.stride())[i] > 1;
+    }
+    only_its_own(*first);
+    only_its_own(*second);
+    std::vector<int64_t> padding = padding_of<kSpatial>(options);
+    if (activation.empty()) {
+      parts.insert_or_assign(norm.get(), AnyModule(nn::detail::NormPart<kSpatial, Tensor>(second)));
+    } else {
+      parts.insert_or_assign(norm.get(),
+                             AnyModule(nn::detail::NormPart<kSpatial, nn::detail::UnitCall>(second)));
+      parts.insert_or_assign(after.get(),
+                             AnyModule(nn::detail::ActivationPart(held(after), type, activation)));
+    }
+    // A shortcut: its output is for a sum, which keeps nothing.
+    parts.insert_or_assign(
+        conv.get(), AnyModule(nn::detail::ConvPart<kSpatial>(first, std::move(padding), cheap && strided)));
+  }
+
+  static void only_its_own(const Module& module) {
+    static const std::set<std::string> known = {"weight", "bias", "running_mean", "running_var",
+                                                "num_batches_tracked"};
+    for (const std::string& name : own_names(module)) {
+      if (known.count(name) == 0) {
+        throw Refusal(
+            "it or its norm has a parameter or submodule beside those that its type brings along, " + name);
+      }
+    }
+  }
+
+  /// `module`, one that unit_activation knows.
+  static AnyModule held(const std::shared_ptr<Module>& module) {
+    if (auto relu = std::dynamic_pointer_cast<torch::nn::ReLUImpl>(module)) return AnyModule(relu);
+    if (auto silu = std::dynamic_pointer_cast<torch::nn::SiLUImpl>(module)) return AnyModule(silu);
+    return AnyModule(std::dynamic_pointer_cast<torch::nn::LeakyReLUImpl>(module));
+  }
+
   std::shared_ptr<nn::MultiheadAttentionImpl> attention(
       const std::shared_ptr<torch::nn::MultiheadAttentionImpl>& source) {
     return once<nn::MultiheadAttentionImpl>(source, [&] {
@@ -461,6 +619,7 @@ class ToTorch final : public Walk {
     if (dynamic_cast<const nn::TransformerDecoderImpl*>(&module)) return "torch::nn::TransformerDecoder";
     if (dynamic_cast<const nn::LayerNormImpl*>(&module)) return "torch::nn::LayerNorm";
     if (dynamic_cast<const nn::DropoutImpl*>(&module)) return "torch::nn::Dropout";
+    if (const auto* part = dynamic_cast<const nn::detail::RunPart*>(&module)) return part->original_type();
     return nullptr;
   }
 
@@ -470,6 +629,7 @@ class ToTorch final : public Walk {
   }
 
   AnyModule make(const std::shared_ptr<Module>& module) override {
+    if (auto part = std::dynamic_pointer_cast<nn::detail::RunPart>(module)) return part->original();
     if (auto found = exactly<nn::MultiheadAttentionImpl>(module, "remnant::nn::MultiheadAttention")) {
       return AnyModule(attention(found));
     }
@@ -580,6 +740,7 @@ class ToTorch final : public Walk {
 
 Conversion run(Walk& walk, Module& model) {
   const SameRandomState same_random_state;
+  walk.count(model);
   walk.visit_root(model);
   return walk.finish();
 }
@@ -587,6 +748,7 @@ Conversion run(Walk& walk, Module& model) {
 Conversion run(Walk& walk, AnyModule& model, const char* name) {
   TORCH_CHECK(!model.is_empty(), name, ": the AnyModule is empty; give it the model first");
   const SameRandomState same_random_state;
+  walk.count(*model.ptr());
   walk.visit_slots({&model}, nullptr, "", "");
   return walk.finish();
 }

@@ -18,9 +18,11 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 #include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/modules/container/any.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/transformer.h>
 #include <torch/nn/modules/transformercoder.h>
@@ -28,6 +30,8 @@
 #include <torch/utils.h>
 
 #include <functional>
+#include <memory>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -155,6 +159,55 @@ TEST_P(ConvertUnder, ATransformerWithMasksComputesTheSame) {
   const auto forward = [&] { return model->forward(source, target, {}, causal, {}, padding, {}, padding); };
   expect_same_there_and_back(*model, forward, LayerMemory::parse(GetParam()),
                              {"encoder", "encoder.norm", "decoder", "decoder.norm"});
+}
+
+/// 1, 2 or 3 spatial dimensions; every kind of run, and what is none.
+torch::nn::Sequential convolutions() {
+  using torch::nn::Conv2d;
+  using torch::nn::Conv2dOptions;
+  return torch::nn::Sequential(
+      Conv2d(Conv2dOptions(3, 8, 3).padding(1)), torch::nn::BatchNorm2d(8),
+      torch::nn::ReLU(torch::nn::ReLUOptions(true)),                                            // 0 1 2
+      Conv2d(Conv2dOptions(8, 8, {3, 5}).padding(torch::kSame).groups(4)),                      // 3 4 5
+      torch::nn::BatchNorm2d(torch::nn::BatchNormOptions(8).momentum(std::nullopt)),            //
+      torch::nn::LeakyReLU(torch::nn::LeakyReLUOptions().negative_slope(0.1)),                  //
+      Conv2d(Conv2dOptions(8, 6, 3).padding(torch::kValid).dilation(2).bias(false)),            // 6 7 8
+      torch::nn::BatchNorm2d(torch::nn::BatchNormOptions(6).affine(false)), torch::nn::SiLU(),  //
+      Conv2d(Conv2dOptions(6, 8, 1).stride(2)),                                                 // 9 10
+      torch::nn::BatchNorm2d(torch::nn::BatchNormOptions(8).track_running_stats(false)),        //
+      Conv2d(Conv2dOptions(8, 8, 3).padding(1)), torch::nn::BatchNorm2d(8),                     // 11 12
+      torch::nn::ELU(torch::nn::ELUOptions().inplace(true)), Conv2d(Conv2dOptions(8, 4, 1)),    //
+      torch::nn::ReLU());
+}
+
+const std::vector<std::string> kRuns = {"0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12"};
+
+TEST_P(ConvertUnder, RunsOfConvolutionNormAndActivationComputeTheSame) {
+  torch::manual_seed(7);
+  torch::nn::Sequential model = convolutions();
+  test::randomize_parameters(*model);
+  model->to(at::kDouble);
+  const Tensor x = at::randn({4, 3, 12, 14}, at::kDouble);
+  const auto forward = [&] { return model->forward(x); };
+  expect_same_there_and_back(*model, forward, LayerMemory::parse(GetParam()), kRuns);
+  model->eval();
+  expect_same_there_and_back(*model, forward, LayerMemory::parse(GetParam()), kRuns);
+}
+
+TEST_P(ConvertUnder, RunsInOtherDimensionsComputeTheSame) {
+  torch::manual_seed(8);
+  torch::nn::Sequential line(torch::nn::Conv1d(torch::nn::Conv1dOptions(3, 6, 4).padding(2).stride(2)),
+                             torch::nn::BatchNorm1d(6), torch::nn::ReLU(),
+                             torch::nn::Conv1d(torch::nn::Conv1dOptions(6, 4, 1)), torch::nn::BatchNorm1d(4));
+  torch::nn::Sequential volume(torch::nn::Conv3d(torch::nn::Conv3dOptions(2, 4, {1, 3, 2})),
+                               torch::nn::BatchNorm3d(4), torch::nn::SiLU());
+  line->to(at::kDouble);
+  volume->to(at::kDouble);
+  const Tensor x = at::randn({5, 3, 11}, at::kDouble), y = at::randn({3, 2, 4, 5, 6}, at::kDouble);
+  expect_same_there_and_back(*line, [&] { return line->forward(x); }, LayerMemory::parse(GetParam()),
+                             {"0", "1", "2", "3", "4"});
+  expect_same_there_and_back(*volume, [&] { return volume->forward(y); }, LayerMemory::parse(GetParam()),
+                             {"0", "1", "2"});
 }
 
 INSTANTIATE_TEST_SUITE_P(Settings, ConvertUnder,
@@ -309,6 +362,128 @@ TEST(Convert, SaysWhatItLeavesAndWhy) {
     EXPECT_NE(result.table().find(result.left[i].name + "  left: "), std::string::npos);
   }
   EXPECT_NE(model.parts[0]->as<torch::nn::TransformerEncoderLayer>(), nullptr);
+}
+
+TEST(Convert, RunsShareRunningStatisticsAndCloneApart) {
+  torch::manual_seed(9);
+  torch::nn::Sequential model = convolutions();
+  auto plain = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(model->clone());
+  std::vector<const void*> before;
+  for (const Tensor& buffer : model->buffers()) before.push_back(buffer.unsafeGetTensorImpl());
+  convert(*model, Memory::exact());
+  auto copy = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(model->clone());
+  for (int step = 0; step < 3; ++step) {
+    const Tensor x = at::randn({4, 3, 12, 14});
+    model->forward(x);
+    plain->forward(x);
+  }
+  const auto expect_statistics = [](const torch::nn::Module& got, const torch::nn::Module& expected) {
+    const auto buffers = got.named_buffers();
+    for (const auto& item : expected.named_buffers()) {
+      expect_close(buffers[item.key()].to(at::kDouble), item.value().to(at::kDouble), item.key(), 1e-5);
+    }
+    EXPECT_EQ(buffers.size(), expected.named_buffers().size());
+  };
+  expect_statistics(*model, *plain);
+  EXPECT_EQ(copy->named_buffers()["1.num_batches_tracked"].item<int64_t>(), 0);
+  convert_back(*model);
+  expect_statistics(*model, *plain);
+  size_t i = 0;
+  for (const Tensor& buffer : model->buffers()) EXPECT_EQ(buffer.unsafeGetTensorImpl(), before[i++]);
+  // The copy goes on by itself.
+  convert_back(*copy);
+  copy->parameters()[0].data().zero_();
+  EXPECT_NE(model->parameters()[0].abs().max().item<float>(), 0);
+  EXPECT_EQ((*copy)[0]->as<torch::nn::Conv2d>()->weight.abs().max().item<float>(), 0);
+}
+
+TEST(Convert, RunsKeepLess) {
+  torch::manual_seed(10);
+  torch::nn::Sequential model;
+  for (int i = 0; i < 3; ++i) {
+    model->push_back(torch::nn::Conv2d(torch::nn::Conv2dOptions(8, 8, 3).padding(1)));
+    model->push_back(torch::nn::BatchNorm2d(8));
+    model->push_back(torch::nn::ReLU());
+  }
+  const Tensor x = at::randn({16, 8, 16, 16});
+  const auto kept = [&] {
+    const Tensor loss = model->forward(x).sum();
+    std::vector<Tensor> known = model->buffers();
+    known.push_back(x);
+    return memory::kept_bytes({loss}, known);
+  };
+  const int64_t eager = kept(), tensor = x.numel() * 4, rows = 8 * 4 * 8;
+  EXPECT_GE(eager, 6 * tensor);
+  convert(*model, Memory::exact());
+  EXPECT_EQ(kept(), 3 * (tensor + rows));
+  EXPECT_EQ(get_memory(*model).size(), 3);
+  set_memory(*model, Memory::unbiased(4));
+  EXPECT_LT(kept(), 0.16 * static_cast<double>(eager));
+  set_memory(*model, Memory::eager());
+  EXPECT_EQ(kept(), eager);
+}
+
+TEST(Convert, ARunsOutputMayBeChangedInPlace) {
+  torch::manual_seed(11);
+  torch::nn::Sequential model(torch::nn::Conv2d(torch::nn::Conv2dOptions(4, 4, 3).padding(1)),
+                              torch::nn::BatchNorm2d(4));
+  model->to(at::kDouble);
+  const Tensor x = at::randn({4, 4, 8, 8}, at::kDouble);
+  const auto forward = [&] { return model->forward(x).add_(x).relu_(); };
+  expect_same_there_and_back(*model, forward, Memory::exact(), {"0", "1"});
+}
+
+struct OwnSequentialImpl : torch::nn::SequentialImpl {
+  using SequentialImpl::SequentialImpl;
+};
+
+/// As torchvision's blocks are: members, called by their types.
+struct Convolutions : torch::nn::Module {
+  Convolutions() {
+    register_module("conv", conv);
+    register_module("norm", norm);
+    register_module("other", torch::nn::Conv2d(4, 8, 3));  // 8 channels before a norm of 4: no run
+    register_module("other_norm", torch::nn::BatchNorm2d(4));
+    auto own = register_module("own", std::make_shared<OwnSequentialImpl>());
+    own->push_back(torch::nn::Conv2d(4, 4, 3));
+    own->push_back(torch::nn::BatchNorm2d(4));
+    parts->push_back(torch::nn::Conv2d(torch::nn::Conv2dOptions(4, 4, 3).padding_mode(torch::kReflect)));
+    parts->push_back(torch::nn::BatchNorm2d(4));
+    parts->push_back(torch::nn::Conv2d(torch::nn::Conv2dOptions(4, 4, 2).padding(torch::kSame)));
+    parts->push_back(torch::nn::BatchNorm2d(4));
+    torch::nn::ReLU shared;
+    for (int i = 0; i < 2; ++i) {
+      parts->push_back(torch::nn::Conv2d(4, 4, 3));
+      parts->push_back(torch::nn::BatchNorm2d(4));
+      parts->push_back(shared);
+    }
+    torch::nn::Conv2d extended(4, 4, 3);
+    extended->register_parameter("temperature", at::ones({1}));
+    parts->push_back(extended);
+    parts->push_back(torch::nn::BatchNorm2d(4));
+    register_module("parts", parts);
+  }
+  torch::nn::Conv2d conv{4, 4, 3};
+  torch::nn::BatchNorm2d norm{4};
+  torch::nn::Sequential parts;
+};
+
+TEST(Convert, SaysWhyARunOfConvolutionAndNormStays) {
+  Convolutions model;
+  const Conversion result = convert(model, Memory::exact());
+  EXPECT_TRUE(result.converted.empty()) << result.table();
+  EXPECT_EQ(names(result.left), (std::vector<std::string>{"conv", "own.0", "parts.0", "parts.2", "parts.4",
+                                                          "parts.7", "parts.10"}));
+  const std::vector<std::string> reasons = {"declare a remnant::nn::ConvNormAct2d",
+                                            "derived from torch::nn::Sequential",
+                                            "other numbers than zeros",
+                                            "one side more than the other",
+                                            "at another place",
+                                            "at another place",
+                                            "temperature"};
+  for (size_t i = 0; i < reasons.size(); ++i) {
+    EXPECT_NE(result.left[i].reason.find(reasons[i]), std::string::npos) << result.left[i].reason;
+  }
 }
 
 struct OwnLayerImpl : torch::nn::TransformerEncoderLayerImpl {

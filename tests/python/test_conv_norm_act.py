@@ -1,5 +1,6 @@
 """conv_norm_act against torch's separate operations: gradients, kept bytes, and codes whose bias is known."""
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,17 +90,20 @@ def test_equals_torch(layout, norm, activation, with_residual):
         ((2, 4, 6, 6), (3, 1), dict(groups=2, padding=(1, 0))),
         ((2, 4, 6, 6), (3, 3), dict(groups=4, padding=1, stride=2)),
         ((2, 4, 4, 5, 3), (2, 3, 1), dict(padding=(1, 1, 0), stride=(1, 2, 1))),
+        ((2, 4, 7, 6), (4, 2), dict(padding=(2, 1), stride=(1, 2), groups=2, dilation=(1, 2))),
     ],
     ids=str,
 )
-def test_gradcheck(shape, kernel, conv):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradcheck(recompute, shape, kernel, conv):
     x, w = leaf(*shape), leaf(8, shape[1] // conv.get("groups", 1), *kernel)
     p = parameters(8)
 
     def function(x, w, norm_weight, norm_bias):
         return remnant.conv_norm_act(
-            x, w, norm_weight=norm_weight, norm_bias=norm_bias, activation="leaky:slope=0.3", eps=1e-2, **conv
-        )
+            x, w, norm_weight=norm_weight, norm_bias=norm_bias, activation="leaky:slope=0.3", eps=1e-2,
+            recompute=recompute, **conv,
+        )  # fmt: skip
 
     assert torch.autograd.gradcheck(function, (x, w, *p.values()))
 
@@ -233,7 +237,8 @@ def test_a_unit_that_convolves_again(layout, norm, activation, with_residual):
 
     def function(op):
         more = dict(recompute=True) if op is remnant.conv_norm_act else {}
-        y = op(x, w, bias, **p, residual=residual, norm=norm, activation=activation, stride=(2, 1), padding=(1, 0), **more)
+        more.update(residual=residual, norm=norm, activation=activation)
+        y = op(x, w, bias, **p, stride=(2, 1), padding=(1, 0), **more)
         z = op(y, after, **q, norm=norm, padding=1)
         return op(z, after, **q, norm=norm, padding=1, residual=y)
 
@@ -409,14 +414,15 @@ def test_a_changed_output_is_not_taken_for_the_old_one():
     torch.testing.assert_close(have, want)
 
 
-@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4"])
-def test_second_backward_and_second_step(memory):
+@pytest.mark.parametrize("memory,recompute", [("exact", False), ("exact", True), ("unbiased:bits=4", False)])
+def test_second_backward_and_second_step(memory, recompute):
     x, w = leaf(2, 4, 6, 6), leaf(4, 4, 3, 3)
     p = parameters(4)
 
     def step():
         generator = torch.Generator().manual_seed(3)
-        return units(x, [w, w], p, memory, generator).square().sum()
+        y = remnant.conv_norm_act(x, w, padding=1, recompute=recompute)
+        return units(y, [w, w], p, memory, generator).square().sum()
 
     loss = step()
     inputs = (x, w, *p.values())
@@ -427,6 +433,63 @@ def test_second_backward_and_second_step(memory):
         assert torch.equal(a, b) and torch.equal(a, c)
     with pytest.raises(RuntimeError, match="no gradient of its gradient"):
         torch.autograd.grad(step(), x, create_graph=True)
+
+
+def read_signed(codes, table, size, bits):
+    """Signed codes by NumPy: groups of 64, a sign and a level each, a step for the numbers below 0 and one above."""
+    codes, levels = codes.numpy(), 2 ** (bits - 1) - 1
+    steps = table.float().double().numpy()
+    out = numpy.empty(size)
+    for group, first in enumerate(range(0, size, 64)):
+        e = numpy.arange(min(64, size - first))
+        stride = (len(e) * bits + 7) // 8
+        code = codes[first * bits // 8 + e % stride] >> (e // stride * bits) & (2**bits - 1)
+        negative = code > levels
+        level = (code & levels) * numpy.where(negative, -steps[group, 0], steps[group, 1])
+        out[first : first + len(e)] = numpy.where(negative & (level == 0), -0.0, level)
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_are_those_that_the_codes_say(layout, bits):
+    """Everything a backward gives, from the codes as NumPy reads them: mask, x^ and the next convolution's input."""
+    x, w, after = leaf(2, 3, 7, 5), leaf(6, 3, 3, 3), leaf(4, 6, 3, 3)
+    p = parameters(6)
+    gamma, beta = (t.detach().view(1, -1, 1, 1) for t in p.values())
+    saved = []
+
+    def pack(t):
+        saved.append(t)
+        return t
+
+    memory = f"unbiased:bits={bits}"
+    inputs = x.detach().contiguous(memory_format=layout)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = remnant.conv_norm_act(inputs, w, **p, padding=1, memory=memory)
+    codes, table = next((a, b) for a, b in zip(saved, saved[1:], strict=False)
+                        if a.dtype == torch.uint8 and a.numel() == (y.numel() * bits + 7) // 8)  # fmt: skip
+    assert table.dtype == torch.bfloat16
+    flat = read_signed(codes, table, y.numel(), bits)
+    n, c, h, width = y.shape
+    u = flat.view(n, h, width, c).permute(0, 3, 1, 2) if layout == torch.channels_last else flat.view(n, c, h, width)
+    z = F.conv2d(inputs, w.detach(), padding=1)
+    centred = z - z.mean((0, 2, 3), keepdim=True)
+    true = centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt() + beta / gamma
+    assert torch.equal(torch.signbit(u), true <= 0)
+    steps = table.float().max()
+    assert (u - true).abs().max() <= 1.001 * steps
+    sums = gamma * u
+    grad = torch.randn_like(y.detach())
+    mask = torch.where(torch.signbit(sums), 0.0, 1.0)  # a 0's sign is kept: +0 passes
+    d_gamma, d_beta = torch.autograd.grad(y, list(p.values()), grad, retain_graph=True)
+    torch.testing.assert_close(d_beta, (grad * mask).sum((0, 2, 3)))
+    torch.testing.assert_close(d_gamma, (grad * mask * (u - beta / gamma)).sum((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    out = remnant.conv_norm_act(y, after, padding=1, norm="none", activation="identity", memory=memory)
+    upper = torch.randn_like(out.detach())
+    have = torch.autograd.grad(out, after, upper)[0]
+    want = torch.autograd.grad(F.conv2d(sums * mask, after, padding=1), after, upper)[0]
+    torch.testing.assert_close(have, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4"])
@@ -534,6 +597,18 @@ def test_a_zero_sum_has_the_gradient_that_torch_gives():
     for memory in ("exact", *CODED):
         y = remnant.conv_norm_act(x, w, **p, memory=memory)
         assert torch.autograd.grad(y.sum(), p["norm_bias"])[0].eq(0).all()
+
+
+@pytest.mark.parametrize("memory", ["exact", *CODED])
+def test_zeros_do_not_pass_among_numbers_above_zero(memory):
+    """A group of codes without a number below 0: its zeros keep their sign all the same."""
+    x = torch.rand(1, 1, 8, 8) + 0.5
+    x[..., ::2] = 0
+    w, residual = torch.ones(1, 1, 1, 1, requires_grad=True), torch.zeros(1, 1, 8, 8, requires_grad=True)
+    for options in (dict(norm="none"), dict(norm="none", residual=residual)):
+        bias = torch.zeros(1, requires_grad=True)
+        y = remnant.conv_norm_act(x, w, bias, memory=memory, **options)
+        assert torch.autograd.grad(y.sum(), bias)[0].item() == 32
 
 
 def test_mistakes_are_named():

@@ -35,7 +35,8 @@ REMNANT_ALWAYS_INLINE void encode_group(const S* x, int64_t size, const uint16_t
     return bits == 0 ? A(0) : A(1) / widen_bfloat16(bits);
   };
   if (kKinked) {
-    const A above = std::max(highest_lane<A>(highest), A(0)), below = std::max(highest_lane<A>(lowest), A(0));
+    // In this order: +0, not -0, of a group of zeros, or its step would turn signs.
+    const A above = std::max(A(0), highest_lane<A>(highest)), below = std::max(A(0), highest_lane<A>(lowest));
     constexpr A most = static_cast<A>(std::numeric_limits<float>::max());
     if (bits_of<A>(wrong) == 0 && above <= most && below <= most) {
       step = step_of(above);
