@@ -2,7 +2,7 @@
 
 He et al., "Deep Residual Learning for Image Recognition" (2015), section 4.2: 3 stages of 16, 32 and 64 channels; with
 1x1 convolutions as shortcuts between stages, or without parameters (option A). A step is forward, backward and SGD.
-The first layer and the 1x1 shortcuts convolve again under `exact`.
+Under `exact` the 1x1 shortcuts convolve again, and without them the first layer.
     kept_bytes   held for backward at the end of the forward, beyond parameters and images; of compiled and
                  checkpointed rows what the allocator holds then
     peak_bytes   highest live bytes of a step, beyond parameters, gradients and optimizer state
@@ -85,7 +85,7 @@ class ResNet(nn.Module):
     def __init__(self, layers, option_a=False):
         super().__init__()
         torch.manual_seed(0)
-        self.stem = Unit(3, 16, 3, recompute=True)
+        self.stem = Unit(3, 16, 3, recompute=option_a)
         self.blocks = nn.ModuleList()
         channels = 16
         for stage in range(3):
@@ -257,7 +257,8 @@ def rows_and_figures(images, labels, source, options):
         rows.extend(found.values())
         for name in ("exact", "coded4"):
             for key in ("kept", "peak"):
-                figures[f"{prefix}_{name}_{key}_vs_eager"] = found[name][f"{key}_bytes"] / found["eager"][f"{key}_bytes"]
+                ours, eager = found[name][f"{key}_bytes"], found["eager"][f"{key}_bytes"]
+                figures[f"{prefix}_{name}_{key}_vs_eager"] = ours / eager
     more, found = noise(images, labels, source, options.steps)
     return rows + more, {**figures, **found}
 

@@ -369,6 +369,7 @@ TEST(Convert, RunsShareRunningStatisticsAndCloneApart) {
   torch::nn::Sequential model = convolutions();
   auto plain = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(model->clone());
   std::vector<const void*> before;
+  before.reserve(model->buffers().size());
   for (const Tensor& buffer : model->buffers()) before.push_back(buffer.unsafeGetTensorImpl());
   convert(*model, Memory::exact());
   auto copy = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(model->clone());
