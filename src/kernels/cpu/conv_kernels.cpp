@@ -64,16 +64,17 @@ REMNANT_ALWAYS_INLINE void each_row(const ConvUnit& p, const Rows& rows,
 template <typename A, typename G>
 REMNANT_ALWAYS_INLINE void each_columns(const ConvUnit& p, Rows rows, G&& g) {
   int64_t& column = rows.column;
-  for (; column + 4 * kWidth<A> <= p.channels; column += 4 * kWidth<A>) {
-    g(rows, std::integral_constant<int, 4>{}, WholeVector<A>{});
+  if constexpr (sizeof(A) == 4) {  // more copies of all this code for float64 would be slow to compile
+    for (; column + 4 * kWidth<A> <= p.channels; column += 4 * kWidth<A>) {
+      g(rows, std::integral_constant<int, 4>{}, WholeVector<A>{});
+    }
+    if (column + 2 * kWidth<A> <= p.channels) {
+      g(rows, std::integral_constant<int, 2>{}, WholeVector<A>{});
+      column += 2 * kWidth<A>;
+    }
   }
-  if (column + 2 * kWidth<A> <= p.channels) {
-    g(rows, std::integral_constant<int, 2>{}, WholeVector<A>{});
-    column += 2 * kWidth<A>;
-  }
-  if (column + kWidth<A> <= p.channels) {
+  for (; column + kWidth<A> <= p.channels; column += kWidth<A>) {
     g(rows, std::integral_constant<int, 1>{}, WholeVector<A>{});
-    column += kWidth<A>;
   }
   if (column < p.channels) g(rows, std::integral_constant<int, 1>{}, p.channels - column);
 }
