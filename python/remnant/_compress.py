@@ -317,7 +317,8 @@ class compress(TorchFunctionMode):
 
     Args:
         bits: 8, 4 or 2 an element, and 4 bytes for every 64 elements.
-        generator: source of the rounding's seeds; the device's default generator when None.
+        generator: source of the rounding's seeds; the device's default generator when None. Give one of its own to a
+            reentrant checkpoint whose backward runs inside: its second run would else draw other dropout.
 
     Raises:
         ValueError: other bits.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from remnant import _ops
 from remnant._policy import Policy
-from remnant.nn import Converted
+from remnant.nn import Converted, _takes_part
 
 NAME = "remnant"
 _POLICY, _BEFORE = "_remnant_attention", "_remnant_attention_before"
@@ -28,7 +28,7 @@ class Gelu(Converted, nn.Module):
     """GELUActivation, GELUTanh and NewGELUActivation, which PyTorch's autograd keeps up to six tensors for."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not _takes_part(self):
             return self.torch_class.forward(self, input)  # type: ignore[attr-defined]
         form = "none" if self.torch_class.__name__ == "GELUActivation" else "tanh"
         return _ops.gelu(input, approximate=form, policy=self.memory.codes)
@@ -38,7 +38,7 @@ class Silu(Converted, nn.Module):
     """SiLUActivation."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not _takes_part(self):
             return self.torch_class.forward(self, input)  # type: ignore[attr-defined]
         return _ops.silu(input, policy=self.memory.codes)
 
@@ -47,7 +47,7 @@ class Conv1D(Converted, nn.Module):
     """GPT-2's linear layer, whose weight is [inputs, outputs]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or not self.memory.bits:
+        if not _takes_part(self) or not self.memory.bits:
             return self.torch_class.forward(self, x)  # type: ignore[attr-defined]
         return _ops.linear(x, self.weight.t(), self.bias, policy=self.memory.codes)
 
@@ -56,7 +56,7 @@ class RmsNorm(Converted, nn.Module):
     """Llama's normalisation and those that are written like it."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not _takes_part(self):
             return self.torch_class.forward(self, hidden_states)  # type: ignore[attr-defined]
         return _ops.rms_norm(hidden_states, self.weight, eps=self.variance_epsilon, policy=self.memory.codes)
 

@@ -24,15 +24,16 @@ class Converted:
         return f"{text}, memory={self.memory}" if text else f"memory={self.memory}"
 
 
-def _takes_part() -> bool:
-    return torch.is_grad_enabled()
+def _takes_part(module: nn.Module) -> bool:
+    # In training also without gradients: a reentrant checkpoint's first run must drop what its second does.
+    return torch.is_grad_enabled() or module.training
 
 
 class Linear(Converted, nn.Linear):
     """torch.nn.Linear that keeps its input at the policy's bits. Exact: PyTorch's product."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _takes_part() or not self.memory.bits:
+        if not _takes_part(self) or not self.memory.bits:
             return super().forward(input)
         return _ops.linear(input, self.weight, self.bias, policy=self.memory.codes)
 
@@ -41,7 +42,7 @@ class LayerNorm(Converted, nn.LayerNorm):
     """torch.nn.LayerNorm over the last dimension that keeps its output, which the next layer holds anyway."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _takes_part():
+        if not _takes_part(self):
             return super().forward(input)
         return _ops.layer_norm(input, self.weight, self.bias, eps=self.eps, policy=self.memory.codes)
 
@@ -50,7 +51,7 @@ class RMSNorm(Converted, nn.RMSNorm):
     """torch.nn.RMSNorm over the last dimension that keeps its output."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _takes_part():
+        if not _takes_part(self):
             return super().forward(x)
         return _ops.rms_norm(x, self.weight, eps=self.eps, policy=self.memory.codes)
 
@@ -59,7 +60,7 @@ class Dropout(Converted, nn.Dropout):
     """torch.nn.Dropout that keeps a seed of 16 bytes. Draws other masks than PyTorch from the same random state."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.inplace or not _takes_part() or not 0 < self.p < 1:
+        if not self.training or self.inplace or not _takes_part(self) or not 0 < self.p < 1:
             return super().forward(input)
         return _ops.dropout(input, self.p)
 
@@ -68,7 +69,7 @@ class ReLU(Converted, nn.ReLU):
     """torch.nn.ReLU that keeps a bit an element where the next layer keeps codes of its output. Exact: PyTorch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _takes_part() or not self.memory.bits or self.inplace:
+        if not _takes_part(self) or not self.memory.bits or self.inplace:
             return super().forward(input)
         return _ops.relu(input)
 
@@ -77,7 +78,7 @@ class GELU(Converted, nn.GELU):
     """torch.nn.GELU that keeps codes of its derivative at the policy's bits. Exact: its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _takes_part():
+        if not _takes_part(self):
             return super().forward(input)
         return _ops.gelu(input, approximate=self.approximate, policy=self.memory.codes)
 
@@ -86,7 +87,7 @@ class SiLU(Converted, nn.SiLU):
     """torch.nn.SiLU that keeps codes of its derivative at the policy's bits. Exact: its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _takes_part() or self.inplace:
+        if not _takes_part(self) or self.inplace:
             return super().forward(input)
         return _ops.silu(input, policy=self.memory.codes)
 
@@ -125,7 +126,7 @@ class MultiheadAttention(Converted, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if not _takes_part():
+        if not _takes_part(self):
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask,
                                    average_attn_weights, is_causal)
         if is_causal and attn_mask is None:
@@ -199,7 +200,7 @@ class _FeedForward(Converted):
         """What linear2 gives, or None where PyTorch's own block should run."""
         activation = _ACTIVATIONS.get(self.activation)  # type: ignore[attr-defined]
         policy, first, second = self.memory, self.linear1, self.linear2  # type: ignore[attr-defined]
-        if activation is None or not _takes_part() or not self.training:  # type: ignore[attr-defined]
+        if activation is None or not _takes_part(self) or not self.training:  # type: ignore[attr-defined]
             return None
         p = self.dropout.p  # type: ignore[attr-defined]
         if not policy.bits and not policy.recompute:

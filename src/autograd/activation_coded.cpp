@@ -56,6 +56,7 @@ at::Tensor forward_autograd(const at::Tensor& input, int64_t kind, int64_t bits,
                             const OptionalGenerator& generator) {
   if (!input.requires_grad() || !at::GradMode::is_enabled()) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    ops::skip_seeds(input, 1, generator);
     return forward_op().call(input, kind, bits, generator);
   }
   return CodedActivationFunction::apply(input, kind, bits, generator);

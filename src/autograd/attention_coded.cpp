@@ -85,6 +85,7 @@ struct CodedAttentionFunction : torch::autograd::Function<CodedAttentionFunction
     const auto add = [&](const at::Tensor& x, int64_t at_bits, bool wanted) {
       const at::AutoDispatchBelowADInplaceOrView below;
       const ops::Codes kept = wanted ? code_heads(x, at_bits, generator) : ops::Codes{};
+      if (!wanted) ops::skip_seeds(x, 1, generator);
       saved.push_back(kept.codes);
       saved.push_back(kept.table);
     };
@@ -148,7 +149,10 @@ at::Tensor forward_autograd(const at::Tensor& query, const at::Tensor& key, cons
   const std::array<bool, 4> needs{query.requires_grad(), key.requires_grad(), value.requires_grad(),
                                   mask.has_value() && mask->requires_grad()};
   if (!at::GradMode::is_enabled() || !(needs[0] || needs[1] || needs[2] || needs[3])) {
-    return forward(query, key, value, mask, causal, dropout, scale, window, bits, generator);
+    const at::Tensor output =
+        forward(query, key, value, mask, causal, dropout, scale, window, bits, generator);
+    ops::skip_seeds(query, 4, generator);
+    return output;
   }
   check_bits(bits);
   const auto bounds = window.value_or(at::IntArrayRef{});

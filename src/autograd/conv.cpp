@@ -86,7 +86,11 @@ struct CodedConv2d : torch::autograd::Function<CodedConv2d> {
                             const std::optional<at::Generator>& generator, std::array<bool, 3> needs) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ops::Codes kept;
-    if (needs[1]) kept = ops::shared_codes(input, bits, generator);
+    if (needs[1]) {
+      kept = ops::shared_codes(input, bits, generator);
+    } else {
+      ops::skip_seeds(input, 1, generator);
+    }
     ctx->save_for_backward({kept.codes, kept.table, needs[0] || needs[1] ? weight : at::Tensor()});
     ctx->saved_data["policy"] = "quantized:bits=" + std::to_string(bits);
     ctx->saved_data["bits"] = bits;
@@ -157,6 +161,7 @@ at::Tensor coded_autograd(const at::Tensor& input, const at::Tensor& weight, con
   const auto needs = needs_of(input, weight, bias);
   if (!any(needs)) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    ops::skip_seeds(input, 1, generator);
     return coded_op().call(input, weight, bias, stride, padding, dilation, groups, bits, generator);
   }
   return CodedConv2d::apply(input, weight, bias, stride, padding, dilation, groups, bits, generator, needs);

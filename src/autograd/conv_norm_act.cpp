@@ -297,6 +297,8 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
       from.sizes = input.sizes().vec();
       from.format = ops::format_of(input);
       from.type = input.scalar_type();
+    } else if (bits > 0) {
+      ops::skip_seeds(call.input, 1, call.generator);
     }
     return from;
   }
@@ -333,7 +335,11 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
       source = source_of(call.input, false);
       again = source.exact();
     }
-    if (!again && needs[1]) save(ctx, "input", input_of(call, false), saved);
+    if (!again && needs[1]) {
+      save(ctx, "input", input_of(call, false), saved);
+    } else if (bits > 0) {
+      ops::skip_seeds(call.input, 1, call.generator);
+    }
     if (needs[0] || needs[1]) saved[kWeight] = call.weight;
 
     at::Tensor z = ops::dense(convolve(call));
@@ -404,8 +410,10 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
     bool keep_sum = false;
     if (bits > 0) {
       const bool alone = !residual.defined() && want_normal;
-      if (want_normal) normal_seed = ops::draw_seed(z, call.generator);
-      if (active && !alone) sum_seed = ops::draw_seed(z, call.generator);
+      // Drawn whether used or not, as ops::skip_seeds says.
+      const at::Tensor first = ops::draw_seed(z, call.generator), second = ops::draw_seed(z, call.generator);
+      if (want_normal) normal_seed = first;
+      if (active && !alone) sum_seed = second;
     } else {
       // Where x^ is not wanted the output's sign is enough.
       keep_sum = slope < kLeastSlope && want_normal && !again;
@@ -754,6 +762,9 @@ at::Tensor unit(const at::Tensor& input, const at::Tensor& weight, const Optiona
   const bool any = needs[0] || needs[1] || needs[2] || needs[3] || needs[4] || needs[5];
   if (!at::GradMode::is_enabled() || !any || c.settings.memory.kind == Memory::Kind::eager ||
       ops::is_traced(input) || ops::is_traced(weight) || input.sym_numel() == 0) {
+    if (c.settings.memory.bits > 0 && !ops::is_traced(input)) {
+      ops::skip_seeds(input, c.settings.silu ? 4 : 3, generator);
+    }
     return plain(c);
   }
   const at::Tensor y = UnitFunction::apply(input, weight, bias, norm_weight, norm_bias, residual, c, needs);

@@ -50,7 +50,11 @@ struct CodedFeedForwardFunction : torch::autograd::Function<CodedFeedForwardFunc
                                std::array<bool, 5> needs) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ops::Codes kept;
-    if (needs[1]) kept = ops::shared_codes(input, bits, generator);
+    if (needs[1]) {
+      kept = ops::shared_codes(input, bits, generator);
+    } else {
+      ops::skip_seeds(input, 1, generator);
+    }
     const auto [output, seed, codes] =
         forward_op().call(input, weight1, bias1, weight2, bias2, activation, dropout, bits, generator);
     // bias2's gradient is a sum of the output's alone.
@@ -105,6 +109,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_autograd(
   const bool any = needs[0] || needs[1] || needs[2] || needs[3] || needs[4];
   if (!any || !at::GradMode::is_enabled()) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    ops::skip_seeds(input, 1, generator);
     return forward_op().call(input, weight1, bias1, weight2, bias2, activation, dropout, bits, generator);
   }
   auto outputs = CodedFeedForwardFunction::apply(input, weight1, bias1, weight2, bias2,

@@ -45,7 +45,11 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const at::AutoDispatchBelowADInplaceOrView below;
     ops::Codes kept;
     if (needs[1] && bits == 0) kept.codes = input;
-    if (needs[1] && bits > 0) kept = ops::shared_codes(input, bits, generator);
+    if (needs[1] && bits > 0) {
+      kept = ops::shared_codes(input, bits, generator);
+    } else if (bits > 0) {
+      ops::skip_seeds(input, 1, generator);
+    }
     ctx->save_for_backward({kept.codes, kept.table, needs[0] ? weight : at::Tensor()});
     ctx->saved_data["policy"] = bits == 0 ? "exact" : "quantized:bits=" + std::to_string(bits);
     ctx->saved_data["bits"] = bits;
@@ -87,6 +91,7 @@ at::Tensor forward_autograd(const at::Tensor& input, const at::Tensor& weight, c
                                   bias.has_value() && bias->requires_grad()};
   if (!at::GradMode::is_enabled() || !(needs[0] || needs[1] || needs[2])) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    if (bits > 0) ops::skip_seeds(input, 1, generator);
     return forward_op().call(input, weight, bias, bits, generator);
   }
   return LinearFunction::apply(input, weight, bias, bits, generator, needs);

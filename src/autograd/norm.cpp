@@ -65,7 +65,11 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     const bool rows = needs[0] || needs[1];
     const auto when = [](bool wanted, const OptionalTensor& x) { return wanted && x ? *x : at::Tensor(); };
     ops::Codes kept;
-    if (normalised && bits > 0) kept = ops::shared_codes(output, bits, std::nullopt);
+    if (normalised && bits > 0) {
+      kept = ops::shared_codes(output, bits, std::nullopt);
+    } else if (bits > 0) {
+      ops::skip_seeds(output, 1, std::nullopt);
+    }
     ctx->save_for_backward({when(normalised && bits == 0, output), when(rows, rstd),
                             keep ? aside : at::Tensor(), when(keep, weight), when(normalised, bias),
                             when(needs[0], seed), kept.codes, kept.table});
@@ -127,6 +131,7 @@ Result forward_autograd(const at::Tensor& input, const OptionalTensor& residual,
                                   needs_gradient(bias)};
   if (!at::GradMode::is_enabled() || !(needs[0] || needs[1] || needs[2] || needs[3])) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    if (bits > 0) ops::skip_seeds(input, 1, std::nullopt);
     return forward_op().call(input, residual, weight, bias, seed, p, eps, center, need_sum, keep, hidden,
                              all_hidden, bits);
   }

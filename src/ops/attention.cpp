@@ -211,8 +211,8 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
                     "'sampled' for unbiased ones");
   }
   AttentionResiduals residuals = empty_residuals(query, key, call, keep);
-  const bool draws =
-      keep && (call.policy.kind == PolicyKind::quantized || call.policy.kind == PolicyKind::sampled);
+  // Also where nothing is kept: see skip_seeds.
+  const bool draws = call.policy.kind == PolicyKind::quantized || call.policy.kind == PolicyKind::sampled;
   at::Tensor seed;
   if (dropout > 0 || draws) seed = draw_seed(query, generator);
   at::Tensor output;

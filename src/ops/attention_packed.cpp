@@ -101,8 +101,8 @@ ForwardResult packed_forward(const at::Tensor& query, const at::Tensor& key, con
   const AttentionCall call = make_call(std::nullopt, causal, dropout, scale, std::string(policy), window);
   const PackedSequences packed = make_packed(ends_q, ends_k, query.size(0), key.size(0));
   AttentionResiduals residuals = packed_residuals(q, k, call, packed, keep);
-  const bool rounds =
-      keep && (call.policy.kind == PolicyKind::quantized || call.policy.kind == PolicyKind::sampled);
+  // Also where nothing is kept: see skip_seeds.
+  const bool rounds = call.policy.kind == PolicyKind::quantized || call.policy.kind == PolicyKind::sampled;
   at::Tensor seed;
   if (dropout > 0 || rounds) seed = draw_seed(query, generator);
   if (residuals.seed.numel() == 2) residuals.seed = seed;

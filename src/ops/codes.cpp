@@ -219,25 +219,41 @@ Sharing& sharing() {
 
 }  // namespace
 
-Codes encode(const at::Tensor& x, int64_t bits, const std::optional<at::Generator>& generator) {
-  static const auto draw = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("remnant::draw_seed", "")
-                               .typed<at::Tensor(const at::Tensor&, const std::optional<at::Generator>&)>();
+namespace {
+
+at::Tensor draw(const at::Tensor& like, const std::optional<at::Generator>& generator) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("remnant::draw_seed", "")
+                             .typed<at::Tensor(const at::Tensor&, const std::optional<at::Generator>&)>();
+  return op.call(like.detach(), generator);
+}
+
+Codes encode_with(const at::Tensor& x, const at::Tensor& seed, int64_t bits) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("remnant::encode", "").typed<decltype(encode_cpu)>();
-  const at::Tensor plain = x.detach();
-  auto [codes, table] = op.call(plain, draw.call(plain, generator), bits);
+  auto [codes, table] = op.call(x.detach(), seed, bits);
   return {codes, table};
 }
 
+}  // namespace
+
+Codes encode(const at::Tensor& x, int64_t bits, const std::optional<at::Generator>& generator) {
+  return encode_with(x, draw(x, generator), bits);
+}
+
+void skip_seeds(const at::Tensor& like, int64_t count, const std::optional<at::Generator>& generator) {
+  for (int64_t i = 0; i < count; ++i) draw(like, generator);
+}
+
 Codes shared_codes(const at::Tensor& x, int64_t bits, const std::optional<at::Generator>& generator) {
-  if (is_traced(x) || x.is_inference() || !x.has_storage()) return encode(x, bits, generator);
+  const at::Tensor seed = draw(x, generator);
+  if (is_traced(x) || x.is_inference() || !x.has_storage()) return encode_with(x, seed, bits);
   {
     const std::lock_guard<std::mutex> lock(sharing().mutex);
     if (auto found = sharing().find(x, bits)) return *found;
   }
-  // Not under the lock: encoding runs in parallel, and may run Python code (a generator's, a mode's).
-  const Codes made = encode(x, bits, generator);
+  // Not under the lock: encoding runs in parallel, and may run Python code (a mode's).
+  const Codes made = encode_with(x, seed, bits);
   const std::lock_guard<std::mutex> lock(sharing().mutex);
   if (auto found = sharing().find(x, bits)) return *found;  // another thread was quicker
   sharing().add(x, bits, made);

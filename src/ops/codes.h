@@ -18,8 +18,12 @@ struct Codes {
 
 /// E[decode(encode(x))] = x, up to 2^-17 of a step. Draws a seed from the generator.
 Codes encode(const at::Tensor& x, int64_t bits, const std::optional<at::Generator>& generator);
-/// The same, or the codes that a living reader of x has already: x's storage, place, version and bits.
+/// The same, or the codes that a living reader of x has already: x's storage, place, version and bits. Draws
+/// a seed in either case.
 Codes shared_codes(const at::Tensor& x, int64_t bits, const std::optional<at::Generator>& generator);
+/// Draws the seeds of `count` tensors that are not encoded. Random state then moves alike whether an op keeps
+/// codes or not, and a checkpoint's second run drops what its first did.
+void skip_seeds(const at::Tensor& like, int64_t count, const std::optional<at::Generator>& generator);
 /// Elements [first, first + out.numel()) of a tensor of `size` into `out`, contiguous; `first` a multiple of
 /// 64.
 void decode_into(const Codes& kept, int64_t bits, int64_t size, int64_t first, at::Tensor& out);
