@@ -295,6 +295,11 @@ class compress(TorchFunctionMode):
             loss = model(input)
         loss.backward()
 
+        >>> layer, x = torch.nn.Linear(64, 64), torch.randn(128, 64)
+        >>> with remnant.compress(bits=4):
+        ...     loss = layer(x).square().mean()
+        >>> loss.backward()
+
     Only forwards belong inside. Coded are the factors of products: linear, matmul, mm, bmm, mv, inner,
     tensordot, einsum, addmm, addbmm, baddbmm, addmv, bilinear, convolutions and transposed ones, mul and
     addcmul of tensors, and those inside of torch.nn.MultiheadAttention. A factor enters the gradients of the

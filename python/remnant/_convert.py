@@ -103,6 +103,12 @@ def convert(
     buffers, hooks, names and state dicts stay as they are, so optimizers and checkpoints keep working; `print(model)`
     shows each layer's setting.
 
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.LayerNorm(8))
+        >>> remnant.convert(model, memory="unbiased:bits=4") is model
+        True
+        >>> type(remnant.revert(model)[1]).__name__
+        'GELU'
+
     Args:
         model: any torch.nn.Module that is not scripted and not converted.
         memory: "exact" (gradients equal PyTorch's up to rounding, dropout's masks differ), "unbiased:bits=4" (8, 4 or

@@ -27,6 +27,10 @@ def attention(
 
     The forward is exact under every policy; what differs is what is kept for the backward pass.
 
+        >>> q, k, v = (torch.randn(2, 4, 16, 8) for _ in range(3))
+        >>> remnant.attention(q, k, v, causal=True, policy="recompute").shape
+        torch.Size([2, 4, 16, 8])
+
     Args:
         query: [B, H, Nq, D], any strides; float32, float64, bfloat16 or float16.
         key: [B, Hkv, Nk, D], query's dtype; Hkv divides H (grouped-query heads).
@@ -685,6 +689,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(linear(input, weight, bias), target) that never makes the [N, V] logits. Exact.
 
+        >>> x, weight = torch.randn(6, 8), torch.zeros(10, 8)
+        >>> loss = remnant.linear_cross_entropy(x, weight, None, torch.arange(6))
+        >>> round(float(loss), 4)  # ln 10: every class is as likely
+        2.3026
+
     Args:
         input: [N, K], floating.
         weight: [V, K], input's dtype.
@@ -723,6 +732,10 @@ def feed_forward(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """linear(dropout(activation(linear(input, weight1, bias1))), weight2, bias2) that keeps no hidden layer.
+
+        >>> x, up, down = torch.randn(5, 8), torch.randn(32, 8), torch.randn(8, 32)
+        >>> remnant.feed_forward(x, up, None, down, None, activation="gelu", policy="quantized:bits=4").shape
+        torch.Size([5, 8])
 
     Args:
         input: [..., E], floating.

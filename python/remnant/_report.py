@@ -32,6 +32,10 @@ def memory_report(
 
         print(remnant.memory_report(model, tokens, loss=lambda output: output.mean()))
 
+        >>> layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+        >>> remnant.memory_report(layer, torch.randn(4, 8)).kept_bytes
+        128
+
     Args:
         model: any module.
         inputs: its arguments, with what they contain left out of the counts.

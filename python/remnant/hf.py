@@ -218,3 +218,64 @@ def converted(model: nn.Module) -> dict[str, tuple[str, str]]:
         return {}
     return {name: (type(each).__name__, f"attention under {each.__dict__[_POLICY]}")
             for name, each in _attentions(model) if _POLICY in each.__dict__}
+
+
+def memory_callback(every: int = 100, log: Callable[[dict[str, int], int], None] | None = None) -> Any:
+    """A transformers.TrainerCallback that says what training steps need: kept_bytes and peak_bytes.
+
+    On every `every`-th step, once it is done, `remnant.memory_report` runs the batch that the model saw again (two
+    forwards and a backward; gradients, buffers and random state stay). The numbers go to the Trainer's log_history, with
+    the step, and to `log`.
+
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[remnant.hf.memory_callback(every=50)])
+
+    Args:
+        every: steps between two measurements; the first step is measured.
+        log: called with {"kept_bytes", "peak_bytes"} and the step, such as wandb.log or a function of add_scalar.
+
+    Raises:
+        ImportError: without transformers.
+        ValueError: every below 1.
+    """
+    if every < 1:
+        raise ValueError(f"memory_callback: every must be at least 1, got {every}")
+    try:
+        from transformers import TrainerCallback
+    except ImportError as error:
+        raise ImportError("remnant.hf.memory_callback needs transformers: pip install transformers") from error
+    from remnant._report import memory_report
+
+    class MemoryCallback(TrainerCallback):
+        def __init__(self) -> None:
+            self.handle: Any = None
+            self.batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None,
+                          **kwargs: Any) -> None:
+            self._let_go()
+            if model is None or state.global_step % every:
+                return
+
+            def remember(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+                self.batch = (inputs, named)
+
+            self.handle = model.register_forward_pre_hook(remember, with_kwargs=True)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None,
+                        **kwargs: Any) -> None:
+            batch = self.batch
+            self._let_go()
+            if model is None or batch is None:
+                return
+            found = memory_report(model, *batch[0], **batch[1])
+            numbers = {"kept_bytes": found.kept_bytes, "peak_bytes": found.peak_bytes}
+            state.log_history.append({**numbers, "step": state.global_step})
+            if log is not None:
+                log(numbers, state.global_step)
+
+        def _let_go(self) -> None:
+            if self.handle is not None:
+                self.handle.remove()
+            self.handle = self.batch = None
+
+    return MemoryCallback()

@@ -9,13 +9,17 @@ import pytest
 from conftest import ROOT
 
 
-def run(*arguments):
+def run(*arguments, launcher=(), **variables):
+    return lines(*arguments, launcher=launcher, **variables)[-1]
+
+
+def lines(*arguments, launcher=(), **variables):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
-                   "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "examples" / arguments[0]), *map(str, arguments[1:])],
+                   "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+    done = subprocess.run([sys.executable, *launcher, str(ROOT / "examples" / arguments[0]), *map(str, arguments[1:])],
                           env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 @pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4", "attention=curve:m=5"])
@@ -28,3 +32,32 @@ def test_fine_tuning(memory, tmp_path):
     found = run("finetune_minilm.py", "--memory", memory, *options)
     assert found["steps"] == 2 and found["loss"] < 2 and 0 <= found["test_accuracy"] <= 1
     assert found["first_batch_kept_mb"] < eager["first_batch_kept_mb"]
+
+
+def test_the_release_s_softmax_by_one_import():
+    torch, curve, owned = lines("softmax_approximation.py", "--steps", 30, "--attention")
+    assert [line["softmax"] for line in (torch, curve, owned)] == ["torch", "curve", "attention"]
+    assert all(line["loss"] < 2.6 for line in (torch, curve, owned))
+    assert owned["kept_bytes"] < torch["kept_bytes"]
+
+
+@pytest.mark.parametrize("wrapper", [(), ("--fsdp", "--memory", "unbiased:bits=4")])
+def test_distributed_training(wrapper):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    found = run("train_distributed.py", "--steps", 3, "--batch", 8, *wrapper, launcher=launcher)
+    assert found["ranks"] == 2 and found["loss"] < 3 and found["wrapper"] == ("FSDP2" if wrapper else "DDP")
+    if not wrapper:
+        assert run("train_distributed.py", "--steps", 1, "--batch", 8, "--memory", "eager", launcher=launcher)[
+            "kept_bytes"] > 1.5 * found["kept_bytes"]
+
+
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4"])
+def test_resnet(memory, tmp_path):
+    options = ("--memory", memory, "--epochs", 1, "--batch", 16, "--blocks", 1, "--width", 8)
+    found = run("resnet_cifar10.py", *options, "--images", 64, REMNANT_DATA="")
+    assert found["kept_bytes"] < (0.6 if memory == "exact" else 0.2) * found["eager_kept_bytes"]
+    (tmp_path / "cifar10").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "cifar10" / f"{name}.bin").write_bytes(bytes(i % 10 if j == 0 else (i * j) % 256
+                                                                 for i in range(32) for j in range(3073)))
+    assert run("resnet_cifar10.py", *options, REMNANT_DATA=str(tmp_path))["test_accuracy"] <= 1

@@ -162,6 +162,29 @@ def test_trainer_trains_a_converted_model(tmp_path):
         assert torch.allclose(loaded.eval()(batch).logits, model.eval()(batch).logits, atol=1e-5)
 
 
+def test_memory_callback_logs_and_changes_nothing(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    rows = [{"input_ids": torch.arange(12) % 50 + i % 3, "labels": i % 2} for i in range(32)]
+    weights, seen = [], []
+    for every in (0, 2):
+        torch.manual_seed(0)
+        model = remnant.convert(transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL)))
+        callbacks = [remnant.hf.memory_callback(every, lambda found, step: seen.append((step, found)))] if every else []
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=5, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+            disable_tqdm=True, use_cpu=True, seed=3)
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks)
+        trainer.train()
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert [step for step, _ in seen] == [1, 3, 5]
+    assert all(0 < found["kept_bytes"] < found["peak_bytes"] for _, found in seen)
+    logged = [line for line in trainer.state.log_history if "kept_bytes" in line]
+    assert [line["step"] for line in logged] == [1, 3, 5]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        remnant.hf.memory_callback(0)
+
+
 def test_curve_policy_and_registered_policy():
     model, inputs = build("bert")
     exact = gradients(remnant.convert(model), inputs)[1]

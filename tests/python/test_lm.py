@@ -132,7 +132,7 @@ def test_resume_equals_an_uninterrupted_run(lm, tmp_path):
 
 def test_memory_settings(lm, tmp_path):
     """Each keeps less than the one before, learns as well, and stands in the run folder; resuming is exact."""
-    (tmp_path / "layers.json").write_text('{"*": "eager", "encoder.layers.0": "unbiased:bits=2"}')
+    (tmp_path / "layers.json").write_text('{"*": "eager", "encoder.*": "unbiased:bits=2"}')
     arguments = [*GENERATED, "--context", 64, "--hidden", 64, "--feed-forward", 256, "--max-steps", 6, "--dropout", 0.1]
     first, kept = None, {}
     for setting in ("eager", "exact", "unbiased:bits=8", "unbiased:bits=4", str(tmp_path / "layers.json")):

@@ -225,7 +225,7 @@ def test_the_recorded_step_is_that_of_the_metrics(page, runs):
                          for layer in timeline["layers"]}
         # Every moment of a pass is somebody's: the layers add up to the phases, less their first and last steps.
         names = {layer["layer"] for layer in timeline["layers"]}
-        assert {"", "embedding", "encoder.layers.0", "encoder.layers.1", "norm", "output"} <= names
+        assert {"", "embedding", "encoder.layers.0", "encoder.layers.1", "encoder.norm", "output"} <= names
         assert 0 < forward <= (phases[0]["end"] - phases[0]["begin"]) * 1e3
         assert 0 < backward <= (phases[1]["end"] - phases[1]["begin"]) * 1e3
 
