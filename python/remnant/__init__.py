@@ -7,7 +7,7 @@ Everything runs in libremnant.so, the library that C++ programs link; this packa
 its ops, which are also at torch.ops.remnant, Python signatures.
 """
 
-from remnant import hf, nn
+from remnant import hf, lightning, nn
 from remnant._compress import compress
 from remnant._convert import Conversion, conversion, convert, revert
 from remnant._library import library_path, version as __version__
@@ -70,6 +70,7 @@ __all__ = [
     "layer_norm",
     "leaky_relu",
     "library_path",
+    "lightning",
     "linear",
     "linear_code_bytes",
     "linear_cross_entropy",

@@ -10,6 +10,7 @@ from torch import nn as torch_nn
 
 from remnant import _budget, hf, nn
 from remnant._policy import Policy
+from remnant._report import folded_names
 
 # Leaves that hold nothing worth a word in a report.
 _QUIET = (torch_nn.Embedding, torch_nn.Identity, torch_nn.Flatten, torch_nn.Unflatten)
@@ -23,9 +24,12 @@ class Conversion:
     left: dict[str, tuple[str, str]]
 
     def __str__(self) -> str:
+        """A line a layer; layers whose names differ in numbers alone, and of which the same is to be said, in one."""
         lines = [f"{len(self.converted)} layers converted, {len(self.left)} left as they were"]
-        lines += [f"  {name or '(the model)'}: {kind}, {setting}" for name, (kind, setting) in self.converted.items()]
-        lines += [f"  {name or '(the model)'}: {kind} left: {why}" for name, (kind, why) in self.left.items()]
+        for layers, between in ((self.converted, ","), (self.left, " left:")):
+            for name, (kind, text), count in folded_names(layers):
+                times = f" ({count} layers)" if count > 1 else ""
+                lines.append(f"  {name or '(the model)'}: {kind}{between} {text}{times}")
         return "\n".join(lines)
 
 

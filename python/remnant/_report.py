@@ -4,7 +4,7 @@ import contextlib
 import html
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any
 
@@ -105,18 +105,16 @@ class MemoryReport:
 
         Layers are equal where their names differ in numbers alone and they keep the same.
         """
-        contents: dict[str, list[tuple[Any, ...]]] = {}
+        contents: dict[str, tuple[tuple[Any, ...], ...]] = {}
         for row in self.rows:
-            contents.setdefault(row["layer"], []).append(tuple(row[column] for column in _COLUMNS[1:]))
-        groups: dict[tuple[str, tuple[Any, ...]], list[str]] = {}
-        for layer, rows in contents.items():
-            groups.setdefault((_pattern(layer), tuple(rows)), []).append(layer)
+            layer = row["layer"]
+            contents[layer] = (*contents.get(layer, ()), tuple(row[column] for column in _COLUMNS[1:]))
         result = []
-        for (_, rows), layers in groups.items():
+        for name, rows, layers in folded_names(contents):
             for row in rows:
-                one = dict(zip(_COLUMNS, (_common(layers), *row), strict=True))
-                one["count"] *= len(layers)
-                one["kept_bytes"] *= len(layers)
+                one = dict(zip(_COLUMNS, (name, *row), strict=True))
+                one["count"] *= layers
+                one["kept_bytes"] *= layers
                 result.append(one)
         return result
 
@@ -237,6 +235,15 @@ class Comparison:
             a, b = row["kept_bytes"], row["other_bytes"]
             lines.append([row["layer"], _size(a), _size(b), _ratio(a, b)])
         return _aligned([*lines, *self._totals], 1)
+
+
+def folded_names(contents: Mapping[str, Any]) -> list[tuple[str, Any, int]]:
+    """(name, content, how many) of layers, with those whose names differ in numbers alone and whose contents are equal
+    as one: `layers.0.linear` and `layers.1.linear` are `layers.*.linear`."""
+    groups: dict[tuple[str, Any], list[str]] = {}
+    for layer, content in contents.items():
+        groups.setdefault((_pattern(layer), content), []).append(layer)
+    return [(_common(layers), content, len(layers)) for (_, content), layers in groups.items()]
 
 
 def _pattern(layer: str) -> str:
@@ -460,15 +467,25 @@ def _peak_bytes(
 
 
 def _host_peak(step: Callable[[], None]) -> int:
+    start_host_peak()
+    try:
+        step()
+    finally:
+        peak = end_host_peak()
+    return peak
+
+
+def start_host_peak() -> None:
     # The profiler of torch.profiler sees the same allocations, but writes lines of its own to stderr.
     config = torch.autograd.ProfilerConfig(
         torch.autograd.ProfilerState.CPU, False, True, False, False, False, torch._C._profiler._ExperimentalConfig()
     )
     torch.autograd._enable_profiler_legacy(config)
-    try:
-        step()
-    finally:
-        threads = torch.autograd._disable_profiler_legacy()
+
+
+def end_host_peak() -> int:
+    """The highest sum of what was allocated on the host since the start, less what was let go."""
+    threads = torch.autograd._disable_profiler_legacy()
     records = [record for thread in threads for record in thread]
     if len(threads) > 1:
         first = records[0]

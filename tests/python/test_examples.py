@@ -1,7 +1,9 @@
 """Each example, in small."""
 
+import gzip
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -61,3 +63,47 @@ def test_resnet(memory, tmp_path):
         (tmp_path / "cifar10" / f"{name}.bin").write_bytes(bytes(i % 10 if j == 0 else (i * j) % 256
                                                                  for i in range(32) for j in range(3073)))
     assert run("resnet_cifar10.py", *options, REMNANT_DATA=str(tmp_path))["test_accuracy"] <= 1
+
+
+@pytest.fixture
+def language_model(monkeypatch, capsys):
+    """Runs the example in this process; gives what it says, with `fails` the sentence of its error."""
+
+    def call(*arguments, fails=False):
+        path = str(ROOT / "examples" / "long_context_lm.py")
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        if not fails:
+            runpy.run_path(path, run_name="__main__")
+            return json.loads(capsys.readouterr().out.splitlines()[-1])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(path, run_name="__main__")
+        assert ended.value.code not in (0, None)
+        said = capsys.readouterr()
+        assert said.out == ""
+        return ended.value.code if isinstance(ended.value.code, str) else said.err.splitlines()[-1]
+
+    return call
+
+
+SMALL = ("--context", 128, "--width", 32, "--layers", 2, "--steps", 2)
+
+
+def test_language_model_foretells_what_eager_keeps(language_model):
+    found = language_model("--memory", "eager", *SMALL)
+    assert found["kept_mb"] == found["eager_kept_mb"] > 0
+
+
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4", "attention=curve:m=5"])
+def test_language_model(memory, language_model):
+    found = language_model("--memory", memory, *SMALL)
+    assert found["kept_mb"] < 0.3 * found["eager_kept_mb"] and 0 < found["loss"] < 7
+
+
+def test_language_model_reads_a_text(language_model, tmp_path):
+    path = tmp_path / "text.gz"
+    path.write_bytes(gzip.compress(b"to be or not to be. " * 100))
+    found = language_model("--data", path, "--context", 64, "--width", 32, "--layers", 2, "--steps", 30, "--lr", 0.01)
+    assert found["held_out_bits_a_byte"] < 5
+    assert "at least 5130 are needed" in language_model("--data", path, "--context", 512, fails=True)
+    assert "cannot be read" in language_model("--data", tmp_path / "none", fails=True)
+    assert "multiple of 16, --steps" in language_model("--context", 100, fails=True)
