@@ -18,8 +18,6 @@ autodoc_typehints = "none"  # signatures have them
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-# Links out of docs/ are links into the repository.
-suppress_warnings = ["myst.xref_missing", "toc.not_readable"]
 if os.environ.get("REMNANT_DOXYGEN"):
     extensions.append("breathe")
     breathe_projects = {"remnant": os.environ["REMNANT_DOXYGEN"]}

@@ -3,8 +3,9 @@
     python examples/resnet_cifar10.py                              # drawn images: runs anywhere
     REMNANT_DATA=DIR python examples/resnet_cifar10.py --memory unbiased:bits=4 --epochs 10
 
-DIR/cifar10 holds train.bin and test.bin in CIFAR-10's binary format, gzip or not (a record is a byte with the label and
-3 x 32 x 32 bytes of pixels). The last line has accuracy and what a step kept beside eager's.
+DIR/cifar10 holds train.bin and test.bin, or data_batch_1.bin to data_batch_5.bin and test_batch.bin, in CIFAR-10's
+binary format, gzip or not (a record is a byte with the label and 3 x 32 x 32 bytes of pixels). The last line has
+accuracy and what a step kept beside eager's.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import gzip
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -72,15 +74,29 @@ class ResNet(nn.Module):
 
 
 def read(folder, name):
-    for path in (folder / f"{name}.bin", folder / f"{name}.bin.gz"):
-        if path.is_file():
-            data = path.read_bytes()
-            raw = torch.frombuffer(bytearray(gzip.decompress(data) if path.suffix == ".gz" else data), dtype=torch.uint8)
-            if raw.numel() == 0 or raw.numel() % 3073:
-                raise SystemExit(f"resnet_cifar10: {path} should hold records of 3,073 bytes, got {raw.numel()} bytes")
-            raw = raw.view(-1, 3073)
-            return (raw[:, 1:].reshape(-1, 3, 32, 32).float() / 255 - 0.47) / 0.25, raw[:, 0].long()
-    raise SystemExit(f"resnet_cifar10: no {name}.bin or {name}.bin.gz in {folder}")
+    batches = [f"data_batch_{i}.bin" for i in range(1, 6)] if name == "train" else ["test_batch.bin"]
+    for files in ([f"{name}.bin"], batches):
+        paths = [next((p for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None) for file in files]
+        if all(paths):
+            break
+    else:
+        raise SystemExit(f"resnet_cifar10: no {name}.bin and no {', '.join(batches)} (gzip or not) in {folder}")
+    raw = torch.cat([records(path) for path in paths])
+    return (raw[:, 1:].reshape(-1, 3, 32, 32).float() / 255 - 0.47) / 0.25, raw[:, 0].long()
+
+
+def records(path):
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise SystemExit(f"resnet_cifar10: {path} cannot be read: {error}") from error
+    if not data or len(data) % 3073:
+        raise SystemExit(f"resnet_cifar10: {path} should hold records of 3,073 bytes, got {len(data)} bytes")
+    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, 3073)
+    if raw[:, 0].max() > 9:
+        raise SystemExit(f"resnet_cifar10: {path} should hold labels 0 to 9, got {int(raw[:, 0].max())}")
+    return raw
 
 
 def drawn(count, seed):
@@ -136,7 +152,7 @@ def main():
     model.eval()
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(test[0].split(250), test[1].split(250), strict=True))
-    print(json.dumps({"memory": options.memory, "test_accuracy": right / len(test[1]), "loss": float(loss),
+    print(json.dumps({"memory": options.memory, "test_accuracy": right / len(test[1]), "loss": loss.item(),
                       "kept_bytes": kept, "eager_kept_bytes": eager,
                       "step_ms": 1e3 * seconds / (options.epochs * steps)}))
 

@@ -85,7 +85,7 @@ def train(way, options):
     x, wanted = batch(512, torch.Generator().manual_seed(0))
     with torch.no_grad():
         right = (model.eval()(x).argmax(-1) == wanted)[wanted != 0].float().mean()
-    return {"softmax": way, "accuracy": float(right), "loss": float(loss), "kept_bytes": kept, "step_ms": milliseconds}
+    return {"softmax": way, "accuracy": float(right), "loss": loss.item(), "kept_bytes": kept, "step_ms": milliseconds}
 
 
 def main():

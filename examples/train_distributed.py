@@ -4,7 +4,7 @@
     torchrun --nproc-per-node=2 examples/train_distributed.py --fsdp --memory unbiased:bits=4
 
 Convert first, then wrap: the wrappers see the same parameters under the same names. Every rank draws dropout and codes
-of its own; parameters stay equal. The last line of rank 0 says what a step kept.
+of its own; parameters stay equal. The last line of rank 0 says what a step kept beside eager's.
 """
 
 import argparse
@@ -54,6 +54,8 @@ def main():
     options = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it with torchrun --nproc-per-node=2 " + sys.argv[0])
+    if options.steps < 1 or options.batch < 1:
+        parser.error(f"--steps and --batch should be at least 1, got {options.steps} and {options.batch}")
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
@@ -63,7 +65,9 @@ def main():
         remnant.convert(model, options.memory)
     torch.manual_seed(options.seed + 1000 * (rank + 1))  # from here on each rank draws for itself
     data = torch.Generator().manual_seed(options.seed + rank)
-    kept = remnant.memory_report(model.train(), batch(options.batch, data)[0]).kept_bytes
+    with torch.random.fork_rng():
+        eager = Classifier(options.width, options.layers)
+    report = remnant.memory_report(model.train(), batch(options.batch, data)[0], eager_model=eager)
     if options.fsdp:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -91,7 +95,8 @@ def main():
     if rank == 0:
         print(json.dumps({"ranks": ranks, "wrapper": "FSDP2" if options.fsdp else "DDP", "memory": options.memory,
                           "accuracy": float(means[0]) / ranks, "loss": float(means[1]) / ranks,
-                          "kept_bytes": kept, "step_ms": 1e3 * seconds / options.steps}), flush=True)
+                          "kept_bytes": report.kept_bytes, "eager_kept_bytes": report.eager.kept_bytes,
+                          "step_ms": 1e3 * seconds / options.steps}), flush=True)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # without PyTorch's own clean-up, in which a thread of Gloo's may still run
