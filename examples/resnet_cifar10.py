@@ -1,4 +1,4 @@
-"""A ResNet for CIFAR-10 whose convolutions keep one tensor a unit, or a 4-bit code of it.
+"""A ResNet of torch.nn's layers for CIFAR-10, converted by one line: a tensor a convolution, or its 4-bit code.
 
     python examples/resnet_cifar10.py                              # drawn images: runs anywhere
     REMNANT_DATA=DIR python examples/resnet_cifar10.py --memory unbiased:bits=4 --epochs 10
@@ -9,6 +9,7 @@ accuracy and what a step kept beside eager's.
 """
 
 import argparse
+import copy
 import gzip
 import json
 import os
@@ -22,55 +23,36 @@ from torch import nn
 import remnant
 
 
-class Unit(nn.Module):
-    """activation(norm(conv(x)) + residual): in PyTorch's operations, or as remnant.conv_norm_act."""
-
-    def __init__(self, inputs, outputs, stride, memory):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm, self.memory = nn.BatchNorm2d(outputs), memory
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x, residual=None):
-        if self.memory == "eager" or not self.training:
-            y = self.norm(self.conv(x))
-            return (y if residual is None else y + residual).relu()
-        norm = self.norm
-        norm.num_batches_tracked.add_(1)
-        return remnant.conv_norm_act(
-            x, self.conv.weight, norm_weight=norm.weight, norm_bias=norm.bias, running_mean=norm.running_mean,
-            running_var=norm.running_var, residual=residual, stride=self.conv.stride, padding=1, training=True,
-            activation="relu", memory=self.memory)
-
-
 class Block(nn.Module):
-    def __init__(self, inputs, outputs, stride, memory):
+    def __init__(self, inputs, outputs, stride):
         super().__init__()
-        self.first, self.second = Unit(inputs, outputs, stride, memory), Unit(outputs, outputs, 1, memory)
-        self.stride, self.outputs = stride, outputs
+        self.conv1, self.norm1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.norm2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.short = nn.Identity()
+        if inputs != outputs:
+            self.short = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x):
-        # Every other pixel and channels of zeros: a shortcut without parameters, which need not be kept either.
-        short = x if self.stride == 1 else remnant.shortcut(x, self.stride, self.outputs)
-        return self.second(self.first(x), short)
+        y = self.norm1(self.conv1(x)).relu()
+        return (self.norm2(self.conv2(y)) + self.short(x)).relu()
 
 
 class ResNet(nn.Module):
     """He et al., "Deep Residual Learning for Image Recognition" (2015), section 4.2: 6 n + 2 layers."""
 
-    def __init__(self, n, width, memory):
+    def __init__(self, n, width):
         super().__init__()
-        self.stem = Unit(3, width, 1, memory)
+        self.conv, self.norm = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         blocks, inputs = [], width
         for stage in range(3):
             for i in range(n):
                 outputs = width * 2**stage
-                blocks.append(Block(inputs, outputs, 2 if stage > 0 and i == 0 else 1, memory))
+                blocks.append(Block(inputs, outputs, 2 if stage > 0 and i == 0 else 1))
                 inputs = outputs
         self.blocks, self.out = nn.Sequential(*blocks), nn.Linear(inputs, 10)
 
     def forward(self, x):
-        return self.out(self.blocks(self.stem(x)).mean((2, 3)))
+        return self.out(self.blocks(self.norm(self.conv(x)).relu()).mean((2, 3)))
 
 
 def read(folder, name):
@@ -127,11 +109,12 @@ def main():
     else:
         train, test = drawn(options.images, 0), drawn(max(options.images // 5, 50), 1)
     torch.manual_seed(options.seed)
-    model = ResNet(options.blocks, options.width, options.memory).to(memory_format=torch.channels_last).train()
-    with torch.random.fork_rng():
-        other = ResNet(options.blocks, options.width, "eager").to(memory_format=torch.channels_last).train()
-        first = train[0][: options.batch].contiguous(memory_format=torch.channels_last)
-        report = remnant.memory_report(model, first, eager_model=other)
+    model = ResNet(options.blocks, options.width).to(memory_format=torch.channels_last).train()
+    eager_model = copy.deepcopy(model)
+    remnant.convert(model, options.memory)  # the one line
+    first = train[0][: options.batch].contiguous(memory_format=torch.channels_last)
+    report = remnant.memory_report(model, first, eager_model=eager_model)
+    del eager_model
     kept, eager = report.kept_bytes, report.eager.kept_bytes
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=1e-4)
     steps = max(1, len(train[1]) // options.batch)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn as torch_nn
 
-from remnant import _budget, hf, nn
+from remnant import _budget, _units, hf, nn
 from remnant._policy import Policy
 from remnant._report import folded_names
 
@@ -61,7 +61,35 @@ def _policies(model: torch_nn.Module, policy: Policy, overrides: Mapping[str, st
     return chosen
 
 
-def _plan(model: torch_nn.Module, chosen: dict[str, Policy]) -> tuple[dict[str, type], dict[str, tuple[str, str]]]:
+class _Units:
+    """What of a model's convolutions and norms runs as one under the policies that were chosen."""
+
+    def __init__(self, model: torch_nn.Module, chosen: dict[str, Policy]) -> None:
+        self.settings: dict[int, dict[str, Any]] = {}  # by id of the module
+        runs, self.against = _units.find_runs(model)
+        names = {id(module): name for name, module in model.named_modules()}
+        for run in runs:
+            policy = chosen[names[id(run.conv)]]
+            if run.norm is None:
+                if policy.bits:  # exact: the activation and what follows hold one tensor anyway
+                    self.settings[id(run.conv)] = {"then": run.then}
+            elif chosen[names[id(run.norm)]] != policy:
+                self.against[id(run.norm)] = "its convolution has another setting"
+            elif not nn.reason_against(run.conv):
+                self.settings[id(run.conv)] = {"then": "norm"}
+                self.settings[id(run.norm)] = {"then": run.then, "shortcut": run.shortcut}
+
+    def of(self, module: torch_nn.Module) -> dict[str, Any]:
+        return self.settings.get(id(module), {})
+
+    def reason_against(self, twin: type, module: torch_nn.Module) -> str | None:
+        if not issubclass(twin, nn.NORMS) or self.of(module):
+            return None
+        return self.against.get(id(module), "tracing found no convolution that it alone follows")
+
+
+def _plan(model: torch_nn.Module, chosen: dict[str, Policy],
+          units: _Units) -> tuple[dict[str, type], dict[str, tuple[str, str]]]:
     """The twin of each layer that gets one, and of the others what and why."""
     twins: dict[str, type] = {}
     left: dict[str, tuple[str, str]] = {}
@@ -82,7 +110,7 @@ def _plan(model: torch_nn.Module, chosen: dict[str, Policy]) -> tuple[dict[str, 
             elif not any(True for _ in module.children()) and not isinstance(module, _QUIET):
                 left[name] = (kind.__name__, "has no twin in remnant.nn")
             continue
-        if why := nn.reason_against(module):
+        if why := nn.reason_against(module) or units.reason_against(twin, module):
             left[name] = (kind.__name__, why)
             continue
         twins[name] = twin
@@ -101,9 +129,12 @@ def convert(
 
         model = remnant.convert(model, "unbiased:bits=4", overrides={"*.norm*": "exact", "head": "eager"})
 
-    Layers of torch.nn (Linear, LayerNorm, RMSNorm, Dropout, ReLU, GELU, SiLU, MultiheadAttention and the Transformer's
-    encoder and decoder layers) become their twins of `remnant.nn`; of a Hugging Face model also its activations,
-    Conv1D and RMSNorm, and its attention implementation becomes "remnant" (see `remnant.hf`). Parameters,
+    Layers of torch.nn (Linear, LayerNorm, RMSNorm, Dropout, ReLU, LeakyReLU, GELU, SiLU, MultiheadAttention, the
+    Transformer's encoder and decoder layers, and convolutions with the BatchNorm or GroupNorm behind them) become
+    their twins of `remnant.nn`; of a Hugging Face model also its activations, Conv1D and RMSNorm, and its attention
+    implementation becomes "remnant" (see `remnant.hf`). Convolution, norm, a residual sum and ReLU, LeakyReLU or SiLU
+    run as one `conv_norm_act`: torch.fx traces the model, or the largest parts of it that can be traced (their Python
+    runs once without values), for convolutions whose output nobody else reads. Parameters,
     buffers, hooks, names and state dicts stay as they are, so optimizers and checkpoints keep working; `print(model)`
     shows each layer's setting.
 
@@ -159,11 +190,12 @@ def _fit(model: torch_nn.Module, most: Policy, overrides: Mapping[str, str | Pol
 
 def _apply(model: torch_nn.Module, policy: Policy, overrides: Mapping[str, str | Policy]) -> None:
     chosen = _policies(model, policy, overrides)
-    twins, _ = _plan(model, chosen)
+    units = _Units(model, chosen)
+    twins, _ = _plan(model, chosen, units)
     modules = dict(model.named_modules())
     attention = hf.prepare(model, chosen)  # may refuse, so before anything changes
     for name, twin in twins.items():
-        nn.convert_one(modules[name], twin, chosen[name])
+        nn.convert_one(modules[name], twin, chosen[name], units.of(modules[name]))
     attention()
 
 
@@ -184,7 +216,7 @@ def conversion(model: torch_nn.Module) -> Conversion:
         if isinstance(module, nn.Converted):
             converted[name] = (module.torch_class.__name__, str(module.memory))
     converted.update(hf.converted(model))
-    twins, left = _plan(model, chosen)
+    twins, left = _plan(model, chosen, _Units(model, chosen))
     modules = dict(model.named_modules())
     left.update({name: (type(modules[name]).__name__, "stays eager, as was asked for") for name in twins})
     return Conversion(converted, {name: each for name, each in left.items() if name not in converted})

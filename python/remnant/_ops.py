@@ -238,28 +238,43 @@ def conv_norm_act(
     def numbers(x: int | Sequence[int]) -> list[int]:
         return [x] if isinstance(x, int) else list(x)
 
-    return _ops.conv_norm_act(
-        input,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        running_mean,
-        running_var,
-        residual,
-        numbers(stride),
-        numbers(padding),
-        numbers(dilation),
-        groups,
-        norm,
-        training,
-        momentum,
-        eps,
-        activation,
-        memory,
-        generator,
-        recompute,
-    )
+    twice = _runs_twice()
+    before = twice and _ops.look_for_derived(False)
+    try:
+        return _ops.conv_norm_act(
+            input,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            running_mean,
+            running_var,
+            residual,
+            numbers(stride),
+            numbers(padding),
+            numbers(dilation),
+            groups,
+            norm,
+            training,
+            momentum,
+            eps,
+            activation,
+            memory,
+            generator,
+            recompute,
+        )
+    finally:
+        if twice:
+            _ops.look_for_derived(before)
+
+
+def _runs_twice() -> bool:
+    """In a region of torch.utils.checkpoint. There a unit keeps what it needs by itself: what the first run saves is
+    dropped, so that only the second would find it with the unit before, and the two would save different things."""
+    if torch.compiler.is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def shortcut(input: Tensor, stride: int, channels: int, *, average: bool = False) -> Tensor:

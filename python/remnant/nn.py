@@ -4,6 +4,7 @@ Each class is a subclass of the torch.nn layer that it stands for and holds a `P
 (torch.no_grad) each runs PyTorch's own forward.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from remnant import _ops
 from remnant._policy import Policy
+from remnant._units import Call, Pending, padding_of
 
 
 class Converted:
@@ -69,9 +71,18 @@ class ReLU(Converted, nn.ReLU):
     """torch.nn.ReLU that keeps a bit an element where the next layer keeps codes of its output. Exact: PyTorch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _takes_part(self) or not self.memory.bits or self.inplace:
+        if not _takes_part(self) or not self.memory.bits or self.inplace or isinstance(input, Pending):
             return super().forward(input)
         return _ops.relu(input)
+
+
+class LeakyReLU(Converted, nn.LeakyReLU):
+    """torch.nn.LeakyReLU that keeps a bit an element where the next layer keeps codes of its output. Exact: PyTorch's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _takes_part(self) or not self.memory.bits or self.inplace or isinstance(input, Pending):
+            return super().forward(input)
+        return _ops.leaky_relu(input, self.negative_slope)
 
 
 class GELU(Converted, nn.GELU):
@@ -87,9 +98,93 @@ class SiLU(Converted, nn.SiLU):
     """torch.nn.SiLU that keeps codes of its derivative at the policy's bits. Exact: its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _takes_part(self) or self.inplace:
+        if not _takes_part(self) or self.inplace or isinstance(input, Pending):
             return super().forward(input)
         return _ops.silu(input, policy=self.memory.codes)
+
+
+def _alone(module: nn.Module) -> bool:
+    """Whether a layer's own output is wanted, or its parameters may be gone after its forward."""
+    return torch.compiler.is_compiling() or any(
+        not getattr(hook, "looks_at_nothing", False) for hook in module._forward_hooks.values())
+
+
+class _Convolution(Converted):
+    """A convolution that its norm and activation may join in one conv_norm_act, which keeps one tensor or its codes.
+
+    `then`: "norm" or "activation" where tracing found that one follows and nothing else reads the output. Else, and
+    under torch.compile or with a forward hook: PyTorch's convolution, or codes of its input at the policy's bits.
+    """
+
+    then = ""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Pending):
+            input = input.value()
+        batched = input.dim() == self.weight.dim()  # type: ignore[attr-defined]
+        if not _takes_part(self) or not batched or not input.is_floating_point():  # type: ignore[arg-type]
+            return super().forward(input)  # type: ignore[misc]
+        if not self.then or _alone(self):  # type: ignore[arg-type]
+            return self.alone(input)
+        return Pending.of(self._call(input), self.then)
+
+    def alone(self, input: Tensor) -> Tensor:
+        """What nothing joins."""
+        if not self.memory.bits:
+            return super().forward(input)  # type: ignore[misc]
+        return self._call(input).run(None, "identity")
+
+    def _call(self, input: Tensor) -> Call:
+        memory = f"unbiased:bits={self.memory.bits}" if self.memory.bits else "exact"
+        return Call(self, input, memory, torch.is_grad_enabled())
+
+
+class _Norm(Converted):
+    """A norm that joins the convolution before it; by itself PyTorch's.
+
+    `then`: "activation", "add" or "add activation" where one follows and nothing else reads the output.
+    `shortcut`: the convolution is cheap and its output goes into a sum, so that exact runs it again in backward.
+    """
+
+    then = ""
+    shortcut = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Pending):
+            return super().forward(input)  # type: ignore[misc]
+        if input.then != "norm" or not input.open:
+            return super().forward(input.value())  # type: ignore[misc]
+        recompute = self.shortcut and self.memory.recompute and not self.memory.bits
+        call = dataclasses.replace(input.call, norm=self, recompute=recompute)
+        return Pending.of(call, self.then) if self.then and not _alone(self) else call.run(None, "identity")  # type: ignore[arg-type]
+
+
+class Conv1d(_Convolution, nn.Conv1d):
+    """torch.nn.Conv1d that takes its norm and activation into one unit."""
+
+
+class Conv2d(_Convolution, nn.Conv2d):
+    """torch.nn.Conv2d that takes its norm and activation into one unit."""
+
+
+class Conv3d(_Convolution, nn.Conv3d):
+    """torch.nn.Conv3d that takes its norm and activation into one unit."""
+
+
+class BatchNorm1d(_Norm, nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d behind a convolution."""
+
+
+class BatchNorm2d(_Norm, nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d behind a convolution."""
+
+
+class BatchNorm3d(_Norm, nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d behind a convolution."""
+
+
+class GroupNorm(_Norm, nn.GroupNorm):
+    """torch.nn.GroupNorm behind a convolution."""
 
 
 def _attend_mask(mask: Tensor | None) -> Tensor | None:
@@ -225,6 +320,9 @@ class TransformerDecoderLayer(_FeedForward, nn.TransformerDecoderLayer):
         return super()._ff_block(x) if hidden is None else self.dropout3(hidden)
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def reason_against(module: nn.Module) -> str | None:
     """Why a layer whose type has a twin cannot be converted, or None."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:
@@ -234,24 +332,34 @@ def reason_against(module: nn.Module) -> str | None:
             return "has add_bias_kv or add_zero_attn"
         if not module._qkv_same_embed_dim:
             return "has kdim or vdim of its own"
+    if isinstance(module, _CONVOLUTIONS):
+        if module.padding_mode != "zeros":
+            return f"pads with other numbers than zeros ({module.padding_mode})"
+        if padding_of(module) is None:
+            return "pads one side more than the other"
     return None
 
 
 TWINS: dict[type, type] = {
     twin.__mro__[twin.__mro__.index(Converted) + 1]: twin  # the torch.nn class behind Converted
-    for twin in (Linear, LayerNorm, RMSNorm, Dropout, ReLU, GELU, SiLU, MultiheadAttention, TransformerEncoderLayer,
-                 TransformerDecoderLayer)
+    for twin in (Linear, LayerNorm, RMSNorm, Dropout, ReLU, LeakyReLU, GELU, SiLU, MultiheadAttention,
+                 TransformerEncoderLayer, TransformerDecoderLayer, Conv1d, Conv2d, Conv3d, BatchNorm1d, BatchNorm2d,
+                 BatchNorm3d, GroupNorm)
 }
+# Twins that need a convolution before them.
+NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm)
 
 
-def convert_one(module: nn.Module, twin: type, policy: Policy) -> None:
-    """Gives `module` its twin's class: parameters, buffers, hooks and identity stay."""
-    attributes: dict[str, Any] = module.__dict__
-    attributes["torch_class"] = type(module)
-    attributes["memory"] = policy
+def convert_one(module: nn.Module, twin: type, policy: Policy, unit: dict[str, Any]) -> None:
+    """Gives `module` its twin's class: parameters, buffers, hooks and identity stay.
+
+    unit: `then` and `shortcut` of convolutions and norms.
+    """
+    module.__dict__.update(torch_class=type(module), memory=policy, **unit)
     module.__class__ = twin
 
 
 def revert_one(module: nn.Module) -> None:
     module.__class__ = module.__dict__.pop("torch_class")
-    del module.__dict__["memory"]
+    for name in ("memory", "then", "shortcut"):
+        module.__dict__.pop(name, None)

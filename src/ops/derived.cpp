@@ -3,6 +3,8 @@
 #include "ops/step_common.h"
 #include "ops/weak_tensor.h"
 
+#include <torch/library.h>
+
 #include <bit>
 #include <mutex>
 #include <unordered_map>
@@ -40,6 +42,8 @@ Registry& registry() {
   static Registry all;
   return all;
 }
+
+thread_local bool looking = true;
 
 bool has_place(const at::Tensor& x) { return !is_traced(x) && !x.is_inference() && x.has_storage(); }
 
@@ -169,8 +173,10 @@ void note_derived(const at::Tensor& y, Derived from) {
   registry().entries.emplace(y.storage().unsafeGetStorageImpl(), std::move(entry));
 }
 
+bool look_for_derived(bool look) { return std::exchange(looking, look); }
+
 std::optional<Derived> find_derived(const at::Tensor& x) {
-  if (!has_place(x)) return std::nullopt;
+  if (!looking || !has_place(x)) return std::nullopt;
   const std::lock_guard<std::mutex> lock(registry().mutex);
   const auto [begin, end] = registry().entries.equal_range(x.storage().unsafeGetStorageImpl());
   for (auto it = begin; it != end; ++it) {
@@ -189,6 +195,10 @@ std::optional<Derived> find_derived(const at::Tensor& x) {
     if (whole) return unpack(recipe);
   }
   return std::nullopt;
+}
+
+TORCH_LIBRARY_FRAGMENT(remnant, m) {
+  m.impl("look_for_derived", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(look_for_derived));
 }
 
 }  // namespace remnant::ops

@@ -63,6 +63,10 @@ void note_derived(const at::Tensor& y, Derived from);
 /// What gives x back, if a living graph keeps it.
 std::optional<Derived> find_derived(const at::Tensor& x);
 
+/// Whether find_derived looks, on this thread; returns what was. Where what a graph saves may be dropped and
+/// made again (PyTorch's checkpoint), both times must save alike, which does not depend on what lives.
+bool look_for_derived(bool look);
+
 /// The order in which a dense tensor lies.
 at::MemoryFormat format_of(const at::Tensor& x);
 

@@ -228,6 +228,7 @@ TORCH_LIBRARY(remnant, m) {
       plain);
   m.def("inversion_counters() -> int[]", plain);
   m.def("reset_inversion_counters() -> ()", plain);
+  m.def("look_for_derived(bool look) -> bool", plain);
   m.def(
       "reversible_chain(Tensor input, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, "
       "Tensor(a!)[] "

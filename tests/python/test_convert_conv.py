@@ -1,0 +1,387 @@
+"""remnant.convert on convolutional models: units found by tracing, and right whatever the model does with them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import remnant
+
+
+class Block(nn.Module):
+    """A residual block in the ways that people write its end."""
+
+    def __init__(self, inputs, outputs, stride, end):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample, self.end = None, end
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        identity = x if self.downsample is None else self.downsample(x)
+        if self.end == "in place":
+            out += identity
+            return self.relu(out)
+        if self.end == "method":
+            return out.add_(identity).relu_()
+        if self.end == "function":
+            return functional.silu(torch.add(identity, out))
+        return identity + out
+
+
+class Net(nn.Module):
+    def __init__(self, end="in place"):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layers = nn.Sequential(Block(16, 16, 1, end), Block(16, 32, 2, end), Block(32, 32, 1, end))
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.fc(self.layers(functional.relu(self.bn(self.conv(x)))).mean((2, 3)))
+
+
+def outcome(model, x):
+    """(output, gradients of parameters and input, buffers) of a step."""
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    y = model(x)
+    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype)).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return y.detach(), {**gradients, "input": x.grad}, {name: b.clone() for name, b in model.named_buffers()}
+
+
+def assert_same(found, wanted, tolerance=1e-4):
+    assert torch.allclose(found[0], wanted[0], atol=1e-4, rtol=1e-4)
+    for name, g in wanted[1].items():
+        assert (found[1][name] - g).norm() <= tolerance * (1 + g.norm()), name
+    assert found[2].keys() == wanted[2].keys()
+    for name, b in wanted[2].items():
+        assert torch.allclose(found[2][name], b, atol=1e-5), name
+
+
+def kept(model, x):
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers(), x)}
+    seen = {}
+
+    def pack(held):
+        if held.untyped_storage().data_ptr() not in own:
+            seen[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+        return held.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held):
+        held = model(x)
+    del held
+    return sum(seen.values())
+
+
+def units(model):
+    """Names of the norms that join a unit."""
+    return [name for name, module in model.named_modules()
+            if isinstance(module, (*remnant.nn.NORMS,)) and module.memory is not None]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("end", ["in place", "method", "function", "sum"])
+def test_residual_network(end, layout):
+    torch.manual_seed(0)
+    model = Net(end).to(memory_format=layout)
+    x = torch.randn(6, 3, 16, 16).to(memory_format=layout)
+    other = copy.deepcopy(model)
+    eager = kept(model, x)
+    wanted = outcome(model, x)
+    assert remnant.convert(other) is other and not remnant.conversion(other).left
+    assert len(units(other)) == 8 and other.state_dict().keys() == model.state_dict().keys()
+    assert kept(other, x) < 0.52 * eager
+    for b, name in zip(other.buffers(), wanted[2], strict=True):
+        b.data.copy_(model.get_buffer(name))
+    wanted = outcome(model, x)
+    assert_same(outcome(other, x), wanted)  # a second step, from the statistics of the first
+    remnant.revert(other)
+    assert kept(other, x) == eager
+    remnant.convert(other, "unbiased:bits=4")
+    assert kept(other, x) < 0.13 * eager
+    remnant.revert(other)
+    other.load_state_dict(model.state_dict())
+    remnant.convert(other, "unbiased:bits=8")
+    found, wanted = outcome(other, x), outcome(model, x)
+    assert_same(found, wanted, 0.05)
+    model.eval(), other.eval()
+    other.load_state_dict(model.state_dict())
+    assert_same(outcome(remnant.convert(remnant.revert(other)), x), outcome(model, x))
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x))
+
+
+LAYERS = {
+    "leaky": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding="same"), nn.BatchNorm2d(8), nn.LeakyReLU(0.2)),
+    "SiLU": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding="valid"), nn.BatchNorm2d(8), nn.SiLU()),
+    "depthwise": lambda: nn.Sequential(nn.Conv2d(4, 8, (3, 5), 2, (1, 2), groups=4), nn.BatchNorm2d(8), nn.ReLU()),
+    "group norm": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, dilation=2), nn.GroupNorm(2, 8), nn.ReLU()),
+    "averaged statistics": lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU()),
+    "no statistics": lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU()),
+    "no affine": lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU()),
+    "norm last": lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)),
+    "other activation": lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU6()),
+    "1 dimension": lambda: nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Flatten(2), nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.ReLU()),
+    "3 dimensions": lambda: nn.Sequential(nn.Unflatten(2, (3, 3)), nn.Conv3d(4, 8, 2), nn.BatchNorm3d(8), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers(kind, training):
+    torch.manual_seed(0)
+    model = LAYERS[kind]().train(training)
+    x = torch.randn(5, 4, 9, 9)
+    other = remnant.convert(copy.deepcopy(model))
+    assert len(units(other)) == 1
+    for _ in range(2):  # statistics move on
+        assert_same(outcome(other, x), outcome(model, x))
+    remnant.revert(other)
+    assert all(type(a) is type(b) for a, b in zip(other.modules(), model.modules(), strict=True))
+    assert_same(outcome(other, x), outcome(model, x))
+
+
+def test_double_precision_gradients_equal_numerical_ones():
+    torch.manual_seed(0)
+    model = remnant.convert(Net("in place").double())
+    x = torch.randn(2, 3, 6, 6, dtype=torch.double, requires_grad=True)
+    weight = model.layers[1].conv1.weight
+
+    def loss(x, weight):
+        return torch.func.functional_call(model, {"layers.1.conv1.weight": weight}, (x,))
+
+    assert torch.autograd.gradcheck(loss, (x, weight.detach().clone().requires_grad_()), fast_mode=True, atol=1e-4)
+
+
+def test_convolutions_without_norm_keep_codes():
+    model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 4, 3))
+    x = torch.randn(4, 4, 20, 20)
+    wanted, eager = outcome(model, x), kept(model[:4], x)
+    assert_same(outcome(remnant.convert(model), x), wanted)
+    assert kept(model[:4], x) == eager  # each tensor is held once as it is
+    remnant.convert(remnant.revert(model), "unbiased:bits=4")
+    assert kept(model[:4], x) < 0.2 * eager
+    draws, total, squares = 200, {}, {}
+    for _ in range(draws):
+        for name, g in outcome(model, x)[1].items():
+            total[name], squares[name] = total.get(name, 0) + g, squares.get(name, 0) + g.square()
+    for name, g in wanted[1].items():
+        mean = total[name] / draws
+        variance = (squares[name] / draws - mean.square()).clamp_min(0).sum() / (draws - 1)
+        assert (mean - g).square().sum() < 4 * variance + 1e-8 * g.square().sum(), name
+
+
+class Reads(nn.Module):
+    """conv, norm and ReLU, with a reader that tracing may not see."""
+
+    def __init__(self, reader):
+        super().__init__()
+        self.conv, self.bn, self.relu, self.reader = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), reader
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.bn(y)
+        return self.relu(z) + self.reader(y, z)
+
+
+class Late:
+    """Another function after conversion than in the tracing."""
+
+    def __init__(self):
+        self.function = lambda y, z: 0
+
+    def __call__(self, y, z):
+        return self.function(y, z)
+
+
+@pytest.mark.parametrize("reads", [
+    lambda y, z: y.mean(), lambda y, z: z.square().mean(), lambda y, z: (y + z).tanh(), lambda y, z: y[:, :1] * z.shape[1],
+    lambda y, z: torch.stack([z, y]).amax(0), lambda y, z: torch.nn.functional.relu(z), lambda y, z: z + z, lambda y, z: z - 1,
+])
+def test_readers_that_come_after_conversion_get_the_tensor(reads):
+    torch.manual_seed(0)
+    model = Reads(lambda y, z: 0)
+    other = copy.deepcopy(model)
+    late = other.reader = Late()
+    remnant.convert(other)
+    assert units(other) == ["bn"]
+    x = torch.randn(4, 3, 8, 8)
+    assert_same(outcome(other, x), outcome(model, x))
+    late.function = model.reader = reads
+    assert_same(outcome(other, x), outcome(model, x))
+    remnant.convert(remnant.revert(other))
+    assert units(other) != ["bn"] or other.bn.then == ""
+    assert_same(outcome(other, x), outcome(model, x))
+
+
+def test_in_place_readers_are_left_or_right():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), nn.Conv2d(8, 8, 3),
+                          nn.BatchNorm2d(8), nn.Dropout(0.0), nn.Hardswish(inplace=True))
+    x = torch.randn(4, 3, 8, 8)
+    wanted = outcome(copy.deepcopy(model), x)
+    left = remnant.conversion(remnant.convert(model)).left
+    assert left["1"][1] == left["4"][1] == "what follows changes its output in place"
+    assert_same(outcome(model, x), wanted)
+
+
+def test_settings_by_name():
+    model = remnant.convert(Net(), "exact", overrides={"layers.0.*": "unbiased:bits=4", "layers.1.bn1": "eager", "layers.2": "eager"})
+    found = remnant.conversion(model)
+    assert found.converted["layers.0.bn2"] == ("BatchNorm2d", "unbiased:bits=4")
+    assert found.left["layers.1.bn1"][1] == "stays eager, as was asked for" and model.layers[1].conv1.then == ""
+    assert type(model.layers[2].conv1) is nn.Conv2d
+    wanted = outcome(copy.deepcopy(remnant.revert(copy.deepcopy(model))), torch.ones(2, 3, 8, 8))
+    assert torch.allclose(model(torch.ones(2, 3, 8, 8)), wanted[0], atol=1e-4)
+
+
+class Branching(nn.Module):
+    """A forward that cannot be traced around parts that can."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.tail = Block(3, 8, 2, "in place"), nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.own, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.block(x)
+        if y.sum() > 1e9:
+            return y
+        return self.norm(self.own(self.tail(y)))
+
+
+def test_parts_of_a_model_that_cannot_be_traced():
+    model, x = Branching(), torch.randn(4, 3, 8, 8)
+    other = remnant.convert(copy.deepcopy(model))
+    assert len(units(other)) == 4
+    assert remnant.conversion(other).left["norm"] == ("BatchNorm2d", "tracing found no convolution that it alone follows")
+    assert_same(outcome(other, x), outcome(model, x))
+
+
+def test_what_cannot_join_stays():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(8), nn.ReLU(),
+                          nn.Conv2d(8, 8, 2, padding="same"), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 8, 2))
+    left = remnant.conversion(remnant.convert(model)).left
+    assert left["0"][1] == "pads with other numbers than zeros (reflect)"
+    assert left["3"][1] == "pads one side more than the other"
+    assert "tracing found no convolution" in left["1"][1] and left["5"][1] == "has no twin in remnant.nn"
+
+
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4"])
+def test_hooks_see_tensors(memory):
+    model, x, seen = remnant.convert(Net(), memory), torch.randn(2, 3, 8, 8), {}
+    for name in ("conv", "layers.0.bn1", "layers.1.bn2"):
+        model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o))
+    y = model(x)
+    other = remnant.revert(copy.deepcopy(model))
+    assert torch.allclose(y, other(x), atol=1e-4) and all(type(each) is torch.Tensor for each in seen.values())
+
+
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=8"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(memory, reentrant):
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 3, 8, 8)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0  # the second run would move statistics again, as in PyTorch
+    remnant.convert(model, memory)
+    torch.manual_seed(5)
+    wanted = outcome(model, x)
+    layers, plain = model.layers, model.layers.forward
+    layers.forward = lambda h: checkpoint(plain, h, use_reentrant=reentrant)
+    torch.manual_seed(5)
+    found = outcome(model, x)
+    # A region that runs twice draws codes of its own, which differ as two draws do.
+    tolerance = 1e-5 if memory == "exact" or reentrant else 0.05
+    for name, g in wanted[1].items():
+        assert (found[1][name] - g).norm() <= tolerance * (1 + g.norm()), name
+
+
+def test_compile_autocast_copies_and_gradients_off():
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 3, 8, 8)
+    other = remnant.convert(copy.deepcopy(model))
+    torch._dynamo.reset()
+    assert_same(outcome(torch.compile(other, fullgraph=True, backend="aot_eager"), x)[:1] + ({}, {}), outcome(model, x)[:1] + ({}, {}))
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = model(x), other(x)
+        assert a.dtype == b.dtype and torch.allclose(a, b, atol=0.1)
+        b.float().sum().backward()
+    for each in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        each.load_state_dict(model.state_dict())
+        assert_same(outcome(each, x), outcome(copy.deepcopy(model), x))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    frozen = remnant.convert(copy.deepcopy(model))
+    assert kept(frozen, x) == 0
+    with torch.no_grad():
+        y = model.train()(x)
+        assert torch.allclose(frozen.train()(x), y, atol=1e-5)
+
+
+def test_a_convolution_without_gradients_stays_cut():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            with torch.no_grad():
+                y = self.conv(x)
+            return functional.relu(self.bn(y))
+
+    model = remnant.convert(Cut())
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+    assert model.conv.weight.grad is None and model.bn.weight.grad is not None
+
+
+def test_report_names_units():
+    report = remnant.memory_report(remnant.convert(Net()), torch.randn(4, 3, 8, 8))
+    assert any(row["op"] == "remnant::Unit" for row in report.rows)
+
+
+def test_budget_takes_units():
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(16, 3, 32, 32)
+    before = copy.deepcopy(model.state_dict())
+    peak = {bits: remnant.memory_report(remnant.convert(copy.deepcopy(model), f"unbiased:bits={bits}"), x).peak_bytes for bits in (8, 2)}
+    with pytest.raises(ValueError, match="smallest"):
+        remnant.convert(model, "unbiased:bits=2", budget=1000, example=x)
+    remnant.convert(model, "unbiased:bits=2", budget=(peak[8] + peak[2]) // 2, example=x)
+    assert model.conv.memory.bits == 2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).logits
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_hugging_face_resnet(kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[3, 3], layer_type=kind, num_labels=3)
+    model = Logits(transformers.ResNetForImageClassification(config))
+    x = torch.randn(4, 3, 64, 64)
+    other = remnant.convert(copy.deepcopy(model))
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert len(units(other)) == norms
+    assert kept(other, x) < 0.65 * kept(model, x)
+    other.load_state_dict(model.state_dict())
+    assert_same(outcome(other, x), outcome(model, x))
