@@ -57,7 +57,7 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
                                int64_t bits, std::array<bool, 4> needs) {
     // x^ is what every gradient but bias's needs.
     const bool keep = needs[0] || needs[1] || needs[2];
-    const auto hidden = keep ? ops::hidden_columns(input, weight, bias) : ops::HiddenColumns{};
+    const auto hidden = keep ? ops::hidden_columns(input, weight, bias, bits) : ops::HiddenColumns{};
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [output, sum, rstd, aside] = forward_op().call(
         input, residual, weight, bias, seed, p, eps, center, need_sum, keep, hidden.list, hidden.all, bits);
@@ -65,14 +65,15 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     const bool rows = needs[0] || needs[1];
     const auto when = [](bool wanted, const OptionalTensor& x) { return wanted && x ? *x : at::Tensor(); };
     ops::Codes kept;
-    if (normalised && bits > 0) {
-      kept = ops::shared_codes(output, bits, std::nullopt);
+    const bool coded = keep && bits > 0 && !(hidden.all && ops::is_traced(input));
+    if (coded) {
+      kept = ops::shared_codes(hidden.all ? aside : output, bits, std::nullopt);
     } else if (bits > 0) {
       ops::skip_seeds(output, 1, std::nullopt);
     }
     ctx->save_for_backward({when(normalised && bits == 0, output), when(rows, rstd),
-                            keep ? aside : at::Tensor(), when(keep, weight), when(normalised, bias),
-                            when(needs[0], seed), kept.codes, kept.table});
+                            keep && !(coded && hidden.all) ? aside : at::Tensor(), when(keep, weight),
+                            when(normalised, bias), when(needs[0], seed), kept.codes, kept.table});
     ctx->saved_data["bits"] = bits;
     ctx->saved_data["p"] = p;
     ctx->saved_data["center"] = center;
@@ -107,12 +108,21 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
       return result;
     }
     const auto hidden = ctx->saved_data["hidden"].toIntVector();
-    const at::Tensor output = saved[6].defined()
-                                  ? ops::decode({saved[6], saved[7]}, ctx->saved_data["bits"].toInt(),
-                                                grads[0].sym_sizes(), grads[0].scalar_type())
-                                  : saved[0];
+    at::Tensor output = saved[0], aside = saved[2];
+    if (saved[6].defined()) {
+      const ops::Codes codes{saved[6], saved[7]};
+      const int64_t bits = ctx->saved_data["bits"].toInt();
+      const auto type = grads[0].scalar_type();
+      if (aside.defined()) {
+        output = ops::decode(codes, bits, grads[0].sym_sizes(), type);
+      } else {  // of x^
+        const c10::SymInt columns = grads[0].sym_size(-1);
+        aside =
+            ops::decode(codes, bits, {grads[0].sym_numel() / columns, columns}, ops::accumulation_type(type));
+      }
+    }
     const auto [grad_input, grad_residual, grad_weight, grad_bias] = backward_op().call(
-        grads[0], optional(grads[1]), optional(output), optional(saved[1]), saved[2], optional(saved[3]),
+        grads[0], optional(grads[1]), optional(output), optional(saved[1]), aside, optional(saved[3]),
         optional(saved[4]), optional(saved[5]), p, ctx->saved_data["center"].toBool(), hidden, needs);
     if (needs[0]) result[0] = grad_input;
     if (needs[1]) result[1] = grad_residual;

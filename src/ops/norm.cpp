@@ -21,7 +21,9 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 
 namespace remnant {
@@ -38,6 +40,33 @@ using OptionalTensor = std::optional<at::Tensor>;
 // |x^| + |bias / weight|.
 constexpr double kMostBias = 16, kMostBiasOfHalf = 1;
 constexpr double kLeastWeight = 0x1p-64, kMostWeight = 0x1p64;
+
+// x^ from codes of y has a group's rounding over its own weight. Where another column of the group is larger
+// by more than this at 4 bits, and by as much more as codes of more bits are finer, it is hidden.
+constexpr double kMostSpread = 8;
+
+template <typename T>
+void find_hidden_by_codes(const T* weight, const T* bias, int64_t columns, int64_t bits,
+                          std::vector<int64_t>& list) {
+  const double most = kMostSpread * std::max(1.0, std::exp2(static_cast<double>(bits)) / 16);
+  // Groups of other widths end at another column in each row.
+  const int64_t group = columns % kernels::kCodeGroup == 0 ? kernels::kCodeGroup : columns;
+  std::vector<int64_t> found;
+  for (int64_t first = 0; first < columns; first += group) {
+    double widest = 0;
+    for (int64_t j = first; j < first + group; ++j) {
+      const double b = bias != nullptr ? std::abs(static_cast<double>(bias[j])) : 0;
+      // x^ has about 3 deviations on either side.
+      widest = std::max(widest, std::abs(static_cast<double>(weight[j])) + b / 3);
+    }
+    for (int64_t j = first; j < first + group; ++j) {
+      if (std::abs(static_cast<double>(weight[j])) * most < widest) found.push_back(j);
+    }
+  }
+  std::vector<int64_t> both;
+  std::set_union(list.begin(), list.end(), found.begin(), found.end(), std::back_inserter(both));
+  list = std::move(both);
+}
 
 template <typename T>
 void find_hidden(const T* weight, const T* bias, int64_t columns, T most, std::vector<int64_t>& list) {
@@ -402,7 +431,7 @@ std::tuple<at::Tensor, at::Tensor> dropout_add_layer_norm_op(const at::Tensor& i
 }  // namespace
 
 HiddenColumns hidden_columns(const at::Tensor& input, const OptionalTensor& weight,
-                             const OptionalTensor& bias) {
+                             const OptionalTensor& bias, int64_t bits) {
   HiddenColumns hidden;
   if (!weight.has_value() && !bias.has_value()) return hidden;
   if (is_traced(input) || (weight.has_value() && is_traced(*weight)) ||
@@ -421,8 +450,14 @@ HiddenColumns hidden_columns(const at::Tensor& input, const OptionalTensor& weig
     find_hidden(w.defined() ? w.const_data_ptr<scalar_t>() : nullptr,
                 b.defined() ? b.const_data_ptr<scalar_t>() : nullptr, columns, static_cast<scalar_t>(most),
                 hidden.list);
+    if (bits > 0 && w.defined()) {
+      find_hidden_by_codes(w.const_data_ptr<scalar_t>(), b.defined() ? b.const_data_ptr<scalar_t>() : nullptr,
+                           columns, bits, hidden.list);
+    }
   });
-  if (static_cast<int64_t>(hidden.list.size()) == columns) hidden = {{}, true};
+  const auto count = static_cast<int64_t>(hidden.list.size());
+  const int64_t wide_bits = 8 * static_cast<int64_t>(c10::elementSize(wide));
+  if (count == columns || (bits > 0 && count * wide_bits > columns * bits)) hidden = {{}, true};
   return hidden;
 }
 

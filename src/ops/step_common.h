@@ -39,12 +39,13 @@ at::Tensor dropout_add_composite(const at::Tensor& input, const at::Tensor& resi
 at::Tensor flat_dropout_mask(const at::Tensor& like, const at::Tensor& seed, double p,
                              const at::TensorOptions& options);
 
-/// The columns of a norm whose x^ cannot be had from y well enough. `all`: every one of them.
+/// The columns of a norm whose x^ cannot be had from y (bits > 0: from codes of y) well enough. `all`: every
+/// one of them, or under codes so many that codes of x^ itself are smaller.
 struct HiddenColumns {
   std::vector<int64_t> list;
   bool all = false;
 };
 HiddenColumns hidden_columns(const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                             const std::optional<at::Tensor>& bias);
+                             const std::optional<at::Tensor>& bias, int64_t bits);
 
 }  // namespace remnant::ops

@@ -91,6 +91,34 @@ def test_norms(bits):
     )
 
 
+@pytest.mark.parametrize("small", [3, 100], ids=["a few columns", "most columns"])
+@pytest.mark.parametrize("columns", [128, 150])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_small_weights_of_a_norm_do_not_amplify_rounding(bits, columns, small):
+    x, target = leaf(24, columns), torch.randn(24, columns, dtype=torch.float64)
+    bias = (0.1 * torch.randn(columns, dtype=torch.float64)).requires_grad_()
+    even = torch.ones(columns, dtype=torch.float64, requires_grad=True)
+    uneven = torch.ones(columns, dtype=torch.float64)
+    uneven[torch.randperm(columns)[:small]] = 1e-3
+    uneven.requires_grad_()
+
+    def noise(weight):
+        """Of grad_x and grad_weight, relative to them."""
+        def gradients(y):
+            return torch.autograd.grad((y * target).sum(), (x, weight))
+
+        want = gradients(F.layer_norm(x, (columns,), weight, bias))
+        draws = [gradients(remnant.layer_norm(x, weight, bias, policy=f"quantized:bits={bits}")) for _ in range(8)]
+        return [sum((d[i] - w).square().sum() for d in draws).item() / 8 / w.square().sum().item() for i, w in enumerate(want)]
+
+    for found, plain in zip(noise(uneven), noise(even), strict=True):
+        assert found < 4 * plain + 1e-12  # 1e6 times without care
+    size, _ = kept(lambda: remnant.layer_norm(x, uneven, bias, policy=f"quantized:bits={bits}"))
+    apart = 24 * small * 8  # doubles
+    codes = remnant.linear_code_bytes(x.numel(), bits)
+    assert size == 24 * 8 + (codes if apart > x.numel() * bits // 8 else codes + apart)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention(causal, bits):
