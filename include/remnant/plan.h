@@ -37,6 +37,9 @@ struct REMNANT_API PlannedLayer {
   LayerMemory memory;
   int64_t kept_bytes = 0;   ///< what it keeps by itself, predicted
   double milliseconds = 0;  ///< what its choice adds to a step over the fastest one, predicted
+  /// What its codes add, or would add, to the variance of the gradient of all parameters, over that
+  /// gradient's square; measured with every other layer exact. 0 in a plan without bits.
+  double code_variance = 0;
 };
 
 /// Bytes of a step on `batch` sequences of `length` positions.
@@ -74,8 +77,10 @@ struct REMNANT_API Plan {
 ///
 /// loss() runs the model's forward on example inputs and returns the scalar to differentiate. It is called,
 /// and its backward, about 25 times: each choice in every layer at once for its bytes and time, then the
-/// mixture. The model's gradients and the CPU generator's state are as before afterwards. Run it on an
-/// otherwise idle machine, with inputs of the largest shape that training will see.
+/// mixture; with `bits` twice more for each layer, from one random state, for the noise of its codes. A
+/// layer's codes are taken for the time that they save over one more than that variance. The model's
+/// gradients and the CPU generator's state are as before afterwards. Run it on an otherwise idle machine,
+/// with inputs of the largest shape that training will see.
 ///
 /// Throws c10::Error when no layer of the model knows settings, and when nothing fits: with the smallest
 /// budget that does; the model is then as it was.

@@ -12,16 +12,18 @@ namespace remnant::kernels {
 enum class Stream : uint32_t { dropout = 0, rounding = 1 };
 
 /// A seed as the ops keep it (two int64 from the torch generator), split for Philox 4x32-10 (Salmon
-/// et al., SC 2011): 64 bits of key, 31 bits of counter; the last counter bit is the stream.
+/// et al., SC 2011): 64 bits of key, 31 bits of counter; the last counter bit is the stream. `salt` moves the
+/// rounding stream alone.
 struct Seed {
-  uint32_t key0 = 0, key1 = 0, word = 0;
+  uint32_t key0 = 0, key1 = 0, word = 0, salt = 0;
 
-  static REMNANT_ALWAYS_INLINE Seed from(const int64_t* pair) {
+  static REMNANT_ALWAYS_INLINE Seed from(const int64_t* pair, uint32_t salt = 0) {
     const auto key = static_cast<uint64_t>(pair[0]);
-    return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(pair[1])};
+    return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(pair[1]),
+            salt};
   }
   REMNANT_ALWAYS_INLINE uint32_t counter3(Stream stream) const {
-    return (word << 1) | static_cast<uint32_t>(stream);
+    return ((stream == Stream::rounding ? word ^ salt : word) << 1) | static_cast<uint32_t>(stream);
   }
 };
 

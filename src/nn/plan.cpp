@@ -1,7 +1,11 @@
 #include <remnant/memory.h>
 #include <remnant/plan.h>
 
+#include "ops/seed.h"
+
 #include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/dot.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/nn/module.h>
 
@@ -79,6 +83,32 @@ class Untouched {
   }
   Untouched(const Untouched&) = delete;
   Untouched& operator=(const Untouched&) = delete;
+
+  /// What codes add to the gradient's variance, over its square: two steps from one random state that drop
+  /// the same and round differently.
+  double added_variance(const std::function<Tensor()>& loss) {
+    std::array<std::vector<Tensor>, 2> drawn;
+    for (size_t i = 0; i < drawn.size(); ++i) {
+      generator_.set_state(random_);
+      for (Tensor& parameter : parameters_) parameter.mutable_grad().zero_();
+      const ops::RoundingSalt salt(static_cast<uint32_t>(i + 1));
+      loss().backward();
+      if (i == 1) break;
+      for (const Tensor& parameter : parameters_) drawn[0].push_back(parameter.grad().clone());
+    }
+    double difference = 0, product = 0, squares = 0;
+    const auto dot = [](const Tensor& a, const Tensor& b) {
+      return at::dot(a.reshape(-1), b.reshape(-1)).item<double>();
+    };
+    for (size_t p = 0; p < parameters_.size(); ++p) {
+      const Tensor &a = drawn[0][p], b = parameters_[p].grad();
+      const Tensor apart = a - b;
+      difference += dot(apart, apart) / 2;
+      product += dot(a, b);  // the square of what both have
+      squares += (dot(a, a) + dot(b, b)) / 2;
+    }
+    return squares > 0 ? difference / std::max(product, 0.01 * squares) : 0;
+  }
 
  private:
   at::Generator generator_;
@@ -168,7 +198,9 @@ double lagrange(const std::vector<int64_t>& nodes, size_t i, int64_t x) {
 /// What each choice did when every layer took it, and what a mixture should do.
 class Model {
  public:
-  explicit Model(std::vector<Measurement> measured) : measured_(std::move(measured)) {
+  /// variances: of each layer's codes, the last choice; empty without codes.
+  Model(std::vector<Measurement> measured, std::vector<double> variances)
+      : measured_(std::move(measured)), variances_(std::move(variances)) {
     const Measurement& first = measured_.front();
     int64_t all = 0;
     for (const int64_t kept : first.kept_by_layer) all += kept;
@@ -184,6 +216,9 @@ class Model {
   double added_ms(size_t layer, size_t choice) const {
     return (measured_[choice].milliseconds - measured_[0].milliseconds) * share_[layer];
   }
+
+  double code_variance(size_t layer) const { return variances_.empty() ? 0 : variances_[layer]; }
+  bool coded(size_t choice) const { return !variances_.empty() && choice + 1 == choices(); }
 
   int64_t kept(const std::vector<size_t>& chosen) const {
     int64_t sum = outside_;
@@ -209,6 +244,7 @@ class Model {
 
  private:
   std::vector<Measurement> measured_;
+  std::vector<double> variances_;
   std::vector<double> share_;  // of a layer in all that a choice costs
   int64_t outside_ = 0;        // kept beside the layers
 };
@@ -229,7 +265,8 @@ std::vector<size_t> choose(const Model& model, int64_t budget) {
         const auto peak = static_cast<double>(model.peak(chosen) - model.peak(changed));
         const auto own = static_cast<double>(model.kept(l, chosen[l]) - model.kept(l, c));
         const double saved = std::max(peak, 0.5 * own);
-        const double cost = std::max(model.added_ms(l, c) - model.added_ms(l, chosen[l]), 1e-3);
+        const double cost = std::max(model.added_ms(l, c) - model.added_ms(l, chosen[l]), 1e-3) *
+                            (model.coded(c) ? 1 + model.code_variance(l) : 1);
         if (saved / cost > best) {
           best = saved / cost;
           next = std::move(changed);
@@ -284,7 +321,7 @@ Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t
   TORCH_CHECK(
       !layers.empty(),
       "plan: no layer of the model knows memory settings; build it of remnant::nn's Transformer layers");
-  const Untouched untouched(model);
+  Untouched untouched(model);
   std::vector<LayerMemory> before;
   before.reserve(layers.size());
   for (const Layer& layer : layers) before.push_back(layer.module->memory());
@@ -309,7 +346,14 @@ Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t
       fastest = measured[c].milliseconds;
       alike.assign(layers.size(), c);
     }
-    const Model costs(std::move(measured));
+    std::vector<double> variances;
+    for (size_t l = 0; bits > 0 && l < layers.size(); ++l) {
+      std::vector<size_t> one(layers.size(), 0);
+      one[l] = choices.size() - 1;
+      apply(one);
+      variances.push_back(untouched.added_variance(loss));
+    }
+    const Model costs(std::move(measured), std::move(variances));
     // The mixture has the last word: where it needs more than the sum of its parts said, the aim is lowered.
     int64_t aim = budget_bytes;
     constexpr int attempts = 5;
@@ -325,8 +369,8 @@ Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t
       }
       Plan result;
       for (size_t l = 0; l < layers.size(); ++l) {
-        result.layers.push_back(
-            {layers[l].name, choices[chosen[l]], costs.kept(l, chosen[l]), costs.added_ms(l, chosen[l])});
+        result.layers.push_back({layers[l].name, choices[chosen[l]], costs.kept(l, chosen[l]),
+                                 costs.added_ms(l, chosen[l]), costs.code_variance(l)});
       }
       result.budget_bytes = budget_bytes;
       result.predicted_kept_bytes = costs.kept(chosen);
@@ -399,15 +443,17 @@ std::string Plan::table() const {
   for (size_t first = 0; first < layers.size();) {
     size_t last = first;
     int64_t kept = 0;
-    double milliseconds = 0;
+    double milliseconds = 0, variance = 0;
     for (; last < layers.size() && layers[last].memory == layers[first].memory; ++last) {
       kept += layers[last].kept_bytes;
       milliseconds += layers[last].milliseconds;
+      if (layers[last].memory.bits > 0) variance += layers[last].code_variance;
     }
     text << layers[first].name;
     if (last - first > 1) text << " to " << layers[last - 1].name;
-    std::array<char, 32> added{};
-    std::snprintf(added.data(), added.size(), "%+.1f ms", milliseconds);
+    std::array<char, 80> added{};
+    const char* const form = variance > 0 ? "%+.1f ms  variance %.2g of the gradient's square" : "%+.1f ms";
+    std::snprintf(added.data(), added.size(), form, milliseconds, variance);
     text << "  " << layers[first].memory.str() << "  " << megabytes(kept) << "  " << added.data() << "\n";
     first = last;
   }

@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/attention_kernels.h"
 #include "ops/attention_common.h"
+#include "ops/seed.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -54,7 +55,7 @@ void set_call(kernels::AttentionProblem<T>& problem, const AttentionCall& call, 
   problem.left = call.left;
   problem.right = call.right;
   problem.scale = static_cast<T>(call.scale);
-  if (seed.defined() && seed.numel() == 2) problem.seed = kernels::Seed::from(seed.const_data_ptr<int64_t>());
+  if (seed.defined() && seed.numel() == 2) problem.seed = seed_of(seed);
   problem.drop_threshold = kernels::dropout_threshold(call.dropout);
   problem.m = call.policy.m;
   problem.paper_text = call.policy.paper_text;

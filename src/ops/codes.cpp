@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/step_kernels.h"
 #include "ops/attention_common.h"
+#include "ops/seed.h"
 #include "ops/step_common.h"
 #include "ops/weak_tensor.h"
 
@@ -136,7 +137,7 @@ Pair encode_cpu(const at::Tensor& input, const at::Tensor& seed, int64_t bits) {
   at::Tensor table = at::empty({kernels::code_groups(size), 2}, x.options().dtype(at::kBFloat16));
   kernels::LowBits problem = make_problem(x.scalar_type(), size, bits, codes, table);
   problem.x = x.const_data_ptr();
-  problem.seed = kernels::Seed::from(seed.const_data_ptr<int64_t>());
+  problem.seed = seed_of(seed);
   at::parallel_for(0, kernels::code_groups(size), 256, [&](int64_t begin, int64_t end) {
     kernels::step_kernels().encode(problem, begin * kGroup, std::min(end * kGroup, size));
   });

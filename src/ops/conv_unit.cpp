@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/step_kernels.h"
 #include "ops/attention_common.h"
+#include "ops/seed.h"
 #include "ops/shortcut.h"
 #include "ops/step_common.h"
 
@@ -154,7 +155,7 @@ Codes encode_kinked(const at::Tensor& x, int64_t bits, const at::Tensor& seed) {
   Codes codes = empty_codes(host, bits);
   kernels::LowBits p = code_problem(host, codes, bits, true);
   p.x = host.const_data_ptr();
-  p.seed = kernels::Seed::from(words.const_data_ptr<int64_t>());
+  p.seed = seed_of(words);
   kernels::step_kernels().encode(p, 0, host.numel());
   return {codes.codes.to(x.device()), codes.table.to(x.device())};
 }
@@ -222,7 +223,7 @@ at::Tensor unit_forward(at::Tensor& x, const at::Tensor& scale, const at::Tensor
     if (!seed.defined()) return;
     codes = empty_codes(x, kept.bits);
     problem = code_problem(x, codes, kept.bits, kinked);
-    problem.seed = kernels::Seed::from(seed.const_data_ptr<int64_t>());
+    problem.seed = seed_of(seed);
   };
   prepare(normal_seed, kept.normal_kinked, kept.normal, normal);
   prepare(sum_seed, true, kept.sum, sum);

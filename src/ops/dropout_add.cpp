@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/step_kernels.h"
 #include "ops/attention_common.h"
+#include "ops/seed.h"
 #include "ops/step_common.h"
 
 #include <ATen/Parallel.h>
@@ -35,7 +36,7 @@ at::Tensor dropout_add_cpu(const at::Tensor& input, const at::Tensor& residual, 
   if (added.defined()) problem.residual = added.const_data_ptr();
   problem.y = y.mutable_data_ptr();
   problem.drop_threshold = kernels::dropout_threshold(p);
-  problem.seed = kernels::Seed::from(seed.const_data_ptr<int64_t>());
+  problem.seed = seed_of(seed);
   at::parallel_for(0, x.numel(), 4 * kernels::kFlatChunk, [&](int64_t begin, int64_t end) {
     kernels::step_kernels().dropout_add(problem, begin, end);
   });

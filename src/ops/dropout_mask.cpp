@@ -1,6 +1,7 @@
 #include "kernels/cpu/attention_kernels.h"
 #include "kernels/philox.h"
 #include "ops/attention_common.h"
+#include "ops/seed.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -133,7 +134,7 @@ at::Tensor dropout_mask(const at::Tensor& seed, double dropout, int64_t batch, i
 
 void apply_dropout_(at::Tensor block, const at::Tensor& seed, double dropout, int64_t first) {
   if (block.device().is_cpu() && block.is_contiguous()) {
-    const auto parts = kernels::Seed::from(seed.const_data_ptr<int64_t>());
+    const auto parts = seed_of(seed);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, block.scalar_type(), "dropout", [&] {
       apply_dropout_cpu<scalar_t>(block, parts, kernels::dropout_threshold(dropout), first);
     });

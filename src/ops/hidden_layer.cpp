@@ -5,6 +5,7 @@
 #include "ops/attention_common.h"
 #include "ops/codes.h"
 #include "ops/product.h"
+#include "ops/seed.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -56,7 +57,7 @@ void run_kernel(at::Tensor& hidden, at::Tensor& grad, const at::Tensor& codes, c
     rows.bias = bias.const_data_ptr<T>();
   }
   if (layer.dropout > 0 || codes.defined()) {
-    rows.seed = kernels::Seed::from(layer.seed.const_data_ptr<int64_t>());
+    rows.seed = seed_of(layer.seed);
   }
   if (layer.dropout > 0) {
     rows.threshold = kernels::dropout_threshold(layer.dropout);

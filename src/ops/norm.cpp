@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/step_kernels.h"
 #include "ops/attention_common.h"
+#include "ops/seed.h"
 #include "ops/step_common.h"
 
 #include <ATen/Dispatch.h>
@@ -199,7 +200,7 @@ Forward forward_cpu(const at::Tensor& input, const OptionalTensor& residual, con
   if (b.defined()) problem.bias = b.const_data_ptr();
   if (p > 0 && seed.has_value()) {
     problem.drop_threshold = kernels::dropout_threshold(p);
-    problem.seed = kernels::Seed::from(seed->const_data_ptr<int64_t>());
+    problem.seed = seed_of(*seed);
   }
   problem.y = y.mutable_data_ptr();
   if (need_sum) problem.sum = out.sum.mutable_data_ptr();
@@ -333,7 +334,7 @@ Backward backward_cpu(const at::Tensor& grad_output, const OptionalTensor& grad_
   }
   if (p > 0 && seed.has_value()) {
     problem.drop_threshold = kernels::dropout_threshold(p);
-    problem.seed = kernels::Seed::from(seed->const_data_ptr<int64_t>());
+    problem.seed = seed_of(*seed);
   }
   if (needs[0]) {
     grad_input = at::empty_like(g);

@@ -8,8 +8,11 @@
 #include <remnant/ops/linear_cross_entropy.h>
 #include <remnant/plan.h>
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/nn/modules/embedding.h>
@@ -95,6 +98,33 @@ TEST(Plan, PredictsShapesThatHaveNotRun) {
     EXPECT_EQ(known.kept_bytes, planned.shapes.back().kept_bytes);
     EXPECT_EQ(known.peak_bytes, planned.shapes.back().peak_bytes);
   }
+}
+
+TEST(Plan, MeasuresTheNoiseOfCodes) {
+  torch::manual_seed(1);
+  Language model;
+  for (Tensor& parameter : model.parameters()) parameter.mutable_grad() = at::ones_like(parameter).detach();
+  const Tensor random = at::globalContext().defaultGenerator(at::kCPU).get_state();
+  const auto loss = [&] { return model.loss(8, 64); };
+  const auto noise = [&](int64_t bits) {
+    const Plan planned = plan(model, loss, 1000000000, bits);
+    std::vector<double> found;
+    for (const PlannedLayer& layer : planned.layers) found.push_back(layer.code_variance);
+    EXPECT_EQ(planned.table().find("variance"), std::string::npos)
+        << planned.table();  // no layer needs codes
+    return found;
+  };
+  const std::vector<double> none = noise(0), at4 = noise(4), at8 = noise(8);
+  for (size_t l = 0; l < 4; ++l) {
+    EXPECT_EQ(none[l], 0);
+    EXPECT_GT(at8[l], 0);
+    EXPECT_LT(at4[l], 0.5);
+    // Codes of products' inputs are 17 times as fine, those of queries and keys have 8 bits in both.
+    EXPECT_LT(at8[l], at4[l] / 4);
+  }
+  EXPECT_TRUE(at::equal(at::globalContext().defaultGenerator(at::kCPU).get_state(), random));
+  for (const Tensor& parameter : model.parameters())
+    EXPECT_TRUE(at::equal(parameter.grad(), at::ones_like(parameter)));
 }
 
 TEST(Plan, PredictsFromShapesAlone) {

@@ -221,10 +221,14 @@ class Trainer {
       const Plan plan = remnant::plan(
           model_, [&] { return batch_loss(largest, largest.terms, bf16()); }, memory.bytes, memory.bits);
       if (!options_.quiet) std::cerr << plan.table();
-      ordered_json layers;
-      for (const PlannedLayer& layer : plan.layers) layers[layer.name] = layer.memory.str();
+      ordered_json layers, variances = ordered_json::object();
+      for (const PlannedLayer& layer : plan.layers) {
+        layers[layer.name] = layer.memory.str();
+        if (memory.bits > 0) variances[layer.name] = layer.code_variance;
+      }
       run_.write_json("plan.json", {{"memory", setting},
                                     {"layers", layers},
+                                    {"code_variance", variances},
                                     {"predicted_kept_bytes", plan.predicted_kept_bytes},
                                     {"measured_kept_bytes", plan.measured_kept_bytes},
                                     {"predicted_peak_bytes", plan.predicted_peak_bytes},
