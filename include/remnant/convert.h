@@ -30,8 +30,8 @@ struct REMNANT_API Conversion {
 /// -DecoderLayer, TransformerEncoder and -Decoder, LayerNorm over the last dimension, and Dropout. Others
 /// keep no more under remnant::nn and stay.
 ///
-/// A Conv1d, 2d or 3d, the BatchNorm of as many channels behind it and a ReLU, LeakyReLU or SiLU behind that
-/// (or none) become one unit as remnant::conv_norm_act, where they follow each other in a
+/// A Conv1d, 2d or 3d, the BatchNorm or GroupNorm of as many channels behind it and a ReLU, LeakyReLU or SiLU
+/// behind that (or none) become one unit as remnant::conv_norm_act, where they follow each other in a
 /// torch::nn::Sequential: each part stays in its place with its tensors, and the last one computes, so that
 /// the Sequential as a whole can be called, and not one part alone. A 1x1 convolution with a stride and no
 /// activation, a shortcut, keeps its input alone. What a unit returns may be changed in place.

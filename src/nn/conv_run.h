@@ -7,6 +7,7 @@
 #include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/modules/container/any.h>
 #include <torch/nn/modules/conv.h>
+#include <torch/nn/modules/normalization.h>
 
 #include <ATen/core/grad_mode.h>
 
@@ -136,37 +137,46 @@ class ConvPart : public RunPartOf<typename TorchTypes<kSpatial>::Conv, ConvPart<
   LayerMemory memory_ = Memory::exact();
 };
 
-/// `Result`: UnitCall before an activation, at::Tensor at the end of a run.
-template <size_t kSpatial, typename Result>
-class NormPart : public RunPartOf<typename TorchTypes<kSpatial>::Norm, NormPart<kSpatial, Result>> {
+/// `Norm`: a batch norm, or GroupNorm. `Result`: UnitCall before an activation, at::Tensor at the end of a
+/// run.
+template <typename Norm, typename Result>
+class NormPart : public RunPartOf<Norm, NormPart<Norm, Result>> {
  public:
-  using NormPart::RunPartOf::RunPartOf;
+  NormPart(std::shared_ptr<Norm> source, const char* original_type)
+      : NormPart::RunPartOf(std::move(source)), original_type_(original_type) {}
 
   Result forward(UnitCall call) {
     auto& norm = this->source();
     call.norm_weight = norm.weight;
     call.norm_bias = norm.bias;
-    call.running_mean = norm.running_mean;
-    call.running_var = norm.running_var;
-    const bool tracks = norm.options.track_running_stats();
-    call.options.training = this->is_training() || !tracks;
     call.options.eps = norm.options.eps();
-    call.options.momentum = norm.options.momentum().value_or(0.0);
-    if (this->is_training() && tracks) {
-      const at::NoGradGuard no_grad;
-      norm.num_batches_tracked.add_(1);
-      if (!norm.options.momentum().has_value()) {
-        call.options.momentum = 1.0 / norm.num_batches_tracked.template item<double>();
+    call.options.activation = "identity";
+    if constexpr (std::is_same_v<Norm, torch::nn::GroupNormImpl>) {
+      call.options.norm = "group:groups=" + std::to_string(norm.options.num_groups());
+    } else {
+      call.running_mean = norm.running_mean;
+      call.running_var = norm.running_var;
+      const bool tracks = norm.options.track_running_stats();
+      call.options.training = this->is_training() || !tracks;
+      call.options.momentum = norm.options.momentum().value_or(0.0);
+      if (this->is_training() && tracks) {
+        const at::NoGradGuard no_grad;
+        norm.num_batches_tracked.add_(1);
+        if (!norm.options.momentum().has_value()) {
+          call.options.momentum = 1.0 / norm.num_batches_tracked.template item<double>();
+        }
       }
     }
-    call.options.activation = "identity";
     if constexpr (std::is_same_v<Result, at::Tensor>) {
       return call.compute();
     } else {
       return call;
     }
   }
-  const char* original_type() const override { return TorchTypes<kSpatial>::kNorm; }
+  const char* original_type() const override { return original_type_; }
+
+ private:
+  const char* original_type_;
 };
 
 /// An activation has no tensors: the module that was there is held.

@@ -379,10 +379,15 @@ template <size_t kSpatial>
 bool follows(const Module& norm, const Module& conv) {
   using Types = nn::detail::TorchTypes<kSpatial>;
   const auto* first = dynamic_cast<const typename Types::Conv*>(&conv);
+  if (first == nullptr) return false;
+  if (const auto* groups = dynamic_cast<const torch::nn::GroupNormImpl*>(&norm)) {
+    return first->options.out_channels() == groups->options.num_channels();
+  }
   const auto* second = dynamic_cast<const typename Types::Norm*>(&norm);
-  return first != nullptr && second != nullptr &&
-         first->options.out_channels() == second->options.num_features();
+  return second != nullptr && first->options.out_channels() == second->options.num_features();
 }
+
+constexpr const char* kGroupNorm = "torch::nn::GroupNorm";
 
 class ToRemnant final : public Walk {
  public:
@@ -505,7 +510,8 @@ class ToRemnant final : public Walk {
       throw Refusal("it is in a class derived from torch::nn::Sequential, whose forward may be its own");
     }
     const auto first = exactly<typename Types::Conv>(conv, Types::kConv);
-    const auto second = exactly<typename Types::Norm>(norm, Types::kNorm);
+    const auto batch_norm = exactly<typename Types::Norm>(norm, Types::kNorm);
+    const auto group_norm = exactly<torch::nn::GroupNormImpl>(norm, kGroupNorm);
     const char* type = nullptr;
     const std::string activation = after ? unit_activation(*after, type) : "";
     if (used_elsewhere(*conv) || used_elsewhere(*norm) || (!activation.empty() && used_elsewhere(*after))) {
@@ -519,13 +525,24 @@ class ToRemnant final : public Walk {
       strided = strided || (*options.stride())[i] > 1;
     }
     only_its_own(*first);
-    only_its_own(*second);
+    only_its_own(*norm);
     std::vector<int64_t> padding = padding_of<kSpatial>(options);
-    if (activation.empty()) {
-      parts.insert_or_assign(norm.get(), AnyModule(nn::detail::NormPart<kSpatial, Tensor>(second)));
+    const auto add_norm = [&](const auto& source, const char* source_type) {
+      using Norm = typename std::remove_reference_t<decltype(source)>::element_type;
+      if (activation.empty()) {
+        parts.insert_or_assign(norm.get(),
+                               AnyModule(nn::detail::NormPart<Norm, Tensor>(source, source_type)));
+      } else {
+        parts.insert_or_assign(
+            norm.get(), AnyModule(nn::detail::NormPart<Norm, nn::detail::UnitCall>(source, source_type)));
+      }
+    };
+    if (group_norm) {
+      add_norm(group_norm, kGroupNorm);
     } else {
-      parts.insert_or_assign(norm.get(),
-                             AnyModule(nn::detail::NormPart<kSpatial, nn::detail::UnitCall>(second)));
+      add_norm(batch_norm, Types::kNorm);
+    }
+    if (!activation.empty()) {
       parts.insert_or_assign(after.get(),
                              AnyModule(nn::detail::ActivationPart(held(after), type, activation)));
     }

@@ -24,6 +24,7 @@
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/normalization.h>
 #include <torch/nn/modules/transformer.h>
 #include <torch/nn/modules/transformercoder.h>
 #include <torch/nn/modules/transformerlayer.h>
@@ -208,6 +209,20 @@ TEST_P(ConvertUnder, RunsInOtherDimensionsComputeTheSame) {
                              {"0", "1", "2", "3", "4"});
   expect_same_there_and_back(*volume, [&] { return volume->forward(y); }, LayerMemory::parse(GetParam()),
                              {"0", "1", "2"});
+}
+
+TEST_P(ConvertUnder, RunsWithGroupNormComputeTheSame) {
+  torch::manual_seed(9);
+  using torch::nn::Conv2dOptions;
+  torch::nn::Sequential model(torch::nn::Conv2d(Conv2dOptions(3, 8, 3)),
+                              torch::nn::GroupNorm(torch::nn::GroupNormOptions(2, 8)), torch::nn::ReLU(),
+                              torch::nn::Conv2d(Conv2dOptions(8, 6, 1)),
+                              torch::nn::GroupNorm(torch::nn::GroupNormOptions(3, 6).affine(false)));
+  test::randomize_parameters(*model);
+  model->to(at::kDouble);
+  const Tensor x = at::randn({4, 3, 9, 8}, at::kDouble);
+  expect_same_there_and_back(*model, [&] { return model->forward(x); }, LayerMemory::parse(GetParam()),
+                             {"0", "1", "2", "3", "4"});
 }
 
 INSTANTIATE_TEST_SUITE_P(Settings, ConvertUnder,
