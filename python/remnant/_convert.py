@@ -129,7 +129,7 @@ def convert(
 
         model = remnant.convert(model, "unbiased:bits=4", overrides={"*.norm*": "exact", "head": "eager"})
 
-    Layers of torch.nn (Linear, LayerNorm, RMSNorm, Dropout, ReLU, LeakyReLU, GELU, SiLU, MultiheadAttention, the
+    Layers of torch.nn (Linear, LayerNorm, RMSNorm, Dropout, ReLU, LeakyReLU, GELU, SiLU, MaxPool2d, MultiheadAttention, the
     Transformer's encoder and decoder layers, and convolutions with the BatchNorm or GroupNorm behind them) become
     their twins of `remnant.nn`; of a Hugging Face model also its activations, Conv1D and RMSNorm, and its attention
     implementation becomes "remnant" (see `remnant.hf`). Convolution, norm, a residual sum and ReLU, LeakyReLU or SiLU

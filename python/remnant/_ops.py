@@ -553,6 +553,35 @@ def conv2d(
     return _ops.conv2d(input, weight, bias, stride, padding, dilation, groups, policy, generator)
 
 
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """torch.nn.functional.max_pool2d that keeps a byte an output instead of its input and 8 bytes an output.
+
+        >>> remnant.max_pool2d(torch.randn(2, 8, 16, 16), 3, stride=2, padding=1).shape
+        torch.Size([2, 8, 8, 8])
+
+    Args:
+        input: [N, C, H, W] of any floating dtype, contiguous or channels-last.
+        kernel_size, stride, padding, dilation: one number or two; stride None for kernel_size.
+        ceil_mode: windows that begin inside the input count too.
+
+    Returns:
+        [N, C, H', W'] in input's dtype and memory format.
+
+    Saves for backward: which element of its window each output is, a byte.
+
+    Raises:
+        RuntimeError: windows of more than 256 elements, shapes or dtypes that do not fit, or a double backward.
+    """
+    return _ops.max_pool2d(input, kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
+
+
 def conv2d_inversion(
     weight: Tensor,
     input_size: Sequence[int],

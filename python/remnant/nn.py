@@ -187,6 +187,18 @@ class GroupNorm(_Norm, nn.GroupNorm):
     """torch.nn.GroupNorm behind a convolution."""
 
 
+class MaxPool2d(Converted, nn.MaxPool2d):
+    """torch.nn.MaxPool2d that keeps a byte an output. Windows above 256 elements and return_indices: PyTorch's."""
+
+    def forward(self, input: Tensor) -> Any:
+        if isinstance(input, Pending):
+            input = input.value()
+        kernel = self.kernel_size if isinstance(self.kernel_size, (tuple, list)) else (self.kernel_size,) * 2
+        if not torch.is_grad_enabled() or self.return_indices or input.dim() != 4 or kernel[0] * kernel[-1] > 256:
+            return super().forward(input)
+        return _ops.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+
 def _attend_mask(mask: Tensor | None) -> Tensor | None:
     """PyTorch's module masks say where not to attend, remnant.attention's where to."""
     return ~mask if mask is not None and mask.dtype == torch.bool else mask
@@ -344,7 +356,7 @@ TWINS: dict[type, type] = {
     twin.__mro__[twin.__mro__.index(Converted) + 1]: twin  # the torch.nn class behind Converted
     for twin in (Linear, LayerNorm, RMSNorm, Dropout, ReLU, LeakyReLU, GELU, SiLU, MultiheadAttention,
                  TransformerEncoderLayer, TransformerDecoderLayer, Conv1d, Conv2d, Conv3d, BatchNorm1d, BatchNorm2d,
-                 BatchNorm3d, GroupNorm)
+                 BatchNorm3d, GroupNorm, MaxPool2d)
 }
 # Twins that need a convolution before them.
 NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm)

@@ -226,6 +226,19 @@ TORCH_LIBRARY(remnant, m) {
       "padding=0, "
       "int[2] dilation=1, int groups=1) -> (float error, float kept)",
       plain);
+  m.def(
+      "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, int[2] dilation=1, "
+      "bool ceil_mode=False) -> Tensor",
+      plain);
+  m.def(
+      "max_pool2d_forward(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool ceil_mode) -> (Tensor output, Tensor places)",
+      plain);
+  m.def(
+      "max_pool2d_backward(Tensor grad_output, Tensor places, SymInt[] input_sizes, int[2] kernel_size, "
+      "int[2] "
+      "stride, int[2] padding, int[2] dilation) -> Tensor",
+      plain);
   m.def("inversion_counters() -> int[]", plain);
   m.def("reset_inversion_counters() -> ()", plain);
   m.def("look_for_derived(bool look) -> bool", plain);

@@ -212,6 +212,16 @@ def test_linear(requires_grad):
             )
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_max_pool2d(layout):
+    x = torch.randn(2, 3, 7, 6, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    windows = ([3, 2], [2, 1], [1, 0], [1, 2])
+    opcheck(ops.max_pool2d.default, (x, *windows, True))
+    opcheck(ops.max_pool2d_forward.default, (x.detach(), *windows, False))
+    y, places = ops.max_pool2d_forward(x.detach(), *windows, False)
+    opcheck(ops.max_pool2d_backward.default, (torch.randn_like(y), places, x.shape, *windows))
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_shortcut(requires_grad):
     x = torch.randn(2, 3, 6, 4, requires_grad=requires_grad)

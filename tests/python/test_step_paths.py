@@ -112,7 +112,15 @@ def hidden_case(dtype, columns):
     return results
 
 
-CASES = [hidden_case, codes_case, conv_case, norm_case, rms_case, dropout_case, activation_case]
+def pool_case(dtype, columns):
+    results = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x = leaf(2, columns, 9, 8, dtype=dtype).detach().contiguous(memory_format=layout).requires_grad_()
+        results += differentiate(remnant.max_pool2d(x, (3, 2), (2, 1), 1, (1, 2), ceil_mode=True), [x])
+    return results
+
+
+CASES = [hidden_case, codes_case, conv_case, pool_case, norm_case, rms_case, dropout_case, activation_case]
 COLUMNS = [1, 7, 64, 100]
 
 

@@ -138,7 +138,8 @@ namespace {
   constexpr StepKernels k_step_##variant {                                                        \
     others::norm_forward, others::norm_backward, others::dropout_add, others::activation_forward, \
         others::activation_backward, others::encode, others::decode, others::transpose_floats,    \
-        others::unit_moments, others::unit_forward, others::unit_reduce, others::unit_backward    \
+        others::unit_moments, others::unit_forward, others::unit_reduce, others::unit_backward,   \
+        others::max_pool_forward, others::max_pool_backward                                       \
   }
 
 REMNANT_KERNEL_TABLE(portable, portable, false);

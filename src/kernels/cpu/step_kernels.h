@@ -158,6 +158,23 @@ struct ConvUnit {
 };
 
 struct CpuKernels;
+/// A window's most taps: a tap's number is a byte.
+constexpr int64_t kMostTaps = 256;
+
+/// Max pooling of planes [height, width], channels-last or one by one.
+struct MaxPool {
+  Element element = Element::f32;
+  bool channels_last = false;
+  int64_t channels = 0, height = 0, width = 0, out_height = 0, out_width = 0;
+  int64_t kernel[2] = {}, stride[2] = {}, padding[2] = {}, dilation[2] = {};
+  const void* x = nullptr;
+  void* y = nullptr;
+  uint8_t* new_places = nullptr;  // beside y: which tap of its window is y
+  const void* grad_y = nullptr;
+  const uint8_t* places = nullptr;
+  void* grad_x = nullptr;
+};
+
 struct StepKernels {
   /// Rows [begin, end).
   void (*norm_forward)(const NormForward&, int64_t begin, int64_t end, void* scratch);
@@ -178,6 +195,10 @@ struct StepKernels {
   void (*unit_forward)(const ConvUnit&, int64_t begin, int64_t end);
   void (*unit_reduce)(const ConvUnit&, int64_t begin, int64_t end);
   void (*unit_backward)(const ConvUnit&, int64_t begin, int64_t end);
+  /// Rows [begin, end) of all planes, or samples, of y; of grad_x, which are whole planes where those lie one
+  /// by one.
+  void (*max_pool_forward)(const MaxPool&, int64_t begin, int64_t end);
+  void (*max_pool_backward)(const MaxPool&, int64_t begin, int64_t end);
 };
 
 /// Of the instruction set of `chosen`.

@@ -39,6 +39,8 @@
   void unit_forward(const ConvUnit& problem, int64_t begin, int64_t end);                                  \
   void unit_reduce(const ConvUnit& problem, int64_t begin, int64_t end);                                   \
   void unit_backward(const ConvUnit& problem, int64_t begin, int64_t end);                                 \
+  void max_pool_forward(const MaxPool& problem, int64_t begin, int64_t end);                               \
+  void max_pool_backward(const MaxPool& problem, int64_t begin, int64_t end);                              \
   }
 
 REMNANT_DECLARE_KERNELS(portable)
