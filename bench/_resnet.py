@@ -28,6 +28,7 @@ TARGETS = {
     "resnet20_coded4_kept_vs_eager": ("<=", 0.11),
     "resnet20_coded4_step_vs_eager_channels_last": ("<=", 1.05),
     "resnet110_coded4_peak_vs_eager": ("<=", 0.14),
+    "resnet20_convert_exact_kept_vs_units": ("<=", 1.01),
     "resnet20_coded4_added_variance_over_minibatch": ("<=", 0.05),
     "resnet20_coded4_squared_bias_over_minibatch": ("<=", 0.01),
 }
@@ -156,6 +157,8 @@ def steps(images, labels, repeats, compile_too):
         runners["torch.compile"] = Runner(ResNet(20), x, y, compiled=True)
     for memory in ("exact", "unbiased:bits=8", "unbiased:bits=4", "unbiased:bits=2"):
         runners[f"remnant {memory}"] = Runner(ResNet(20).set_memory(memory), x, y)
+    for memory in ("exact", "unbiased:bits=4"):  # the eager model, by its one line
+        runners[f"remnant.convert {memory}"] = Runner(remnant.convert(ResNet(20), memory), x, y)
     rows, times = {}, {name: [] for name in runners}
     for name, runner in runners.items():
         rows[name] = {"case": f"resnet20, batch {BATCH}", "impl": name, **runner.bytes()}
@@ -186,6 +189,10 @@ def steps(images, labels, repeats, compile_too):
             if not other.startswith("remnant"):
                 suffix = other.replace(" ", "_").replace("-", "_").replace(".", "_")
                 figures[f"resnet20_{name}_step_vs_{suffix}"] = ratio(ours, other)
+    for name, memory in (("exact", "exact"), ("coded4", "unbiased:bits=4")):
+        ours, units = f"remnant.convert {memory}", f"remnant {memory}"
+        figures[f"resnet20_convert_{name}_kept_vs_units"] = rows[ours]["kept_bytes"] / rows[units]["kept_bytes"]
+        figures[f"resnet20_convert_{name}_step_vs_units"] = ratio(ours, units)
     return list(rows.values()), figures
 
 

@@ -1,6 +1,7 @@
 #include "ops/conv_inverse.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
@@ -9,6 +10,7 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linalg_inv_ex.h>
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/matmul.h>
@@ -208,6 +210,21 @@ at::Tensor GridTransform::inverse(const at::Tensor& z, int64_t rows) const {
 
 // --- the systems -----------------------------------------------------------------------------------
 
+namespace {
+
+// ATen solves a batch's systems one after the other; here the threads share them.
+at::Tensor inverses_of(const at::Tensor& a) {
+  if (!a.device().is_cpu()) return std::get<0>(at::linalg_inv_ex(a));
+  at::Tensor inverse = at::empty_like(a);
+  at::parallel_for(0, a.size(0), 16, [&](int64_t begin, int64_t end) {
+    inverse.narrow(0, begin, end - begin)
+        .copy_(std::get<0>(at::linalg_inv_ex(a.narrow(0, begin, end - begin))));
+  });
+  return inverse;
+}
+
+}  // namespace
+
 FrequencyInverse::FrequencyInverse(const FullConvolution& shape, const GridTransform& transform,
                                    const at::Tensor& weight, double tau, bool keep_basis)
     : shape_(shape), transform_(transform) {
@@ -243,8 +260,7 @@ FrequencyInverse::FrequencyInverse(const FullConvolution& shape, const GridTrans
     at::Tensor m, hard;
     if (out >= in) {
       const at::Tensor adjoint = a.mH();
-      m = out == in ? std::get<0>(at::linalg_inv_ex(a))
-                    : at::matmul(std::get<0>(at::linalg_inv_ex(at::matmul(adjoint, a))), adjoint);
+      m = out == in ? inverses_of(a) : at::matmul(inverses_of(at::matmul(adjoint, a)), adjoint);
       if (tau > 0) {
         const at::Tensor norm = at::view_as_real(m).square().sum(at::IntArrayRef{1, 2, 3}).sqrt();
         hard = norm.le(bound).logical_not_().nonzero().flatten();  // NaN too

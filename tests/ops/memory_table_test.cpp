@@ -9,6 +9,7 @@
 #include <remnant/ops/dropout_add.h>
 #include <remnant/ops/linear.h>
 #include <remnant/ops/linear_cross_entropy.h>
+#include <remnant/ops/max_pool.h>
 #include <remnant/ops/norm.h>
 #include <remnant/ops/shortcut.h>
 #include <remnant/ops/softmax_approximation.h>
@@ -269,6 +270,11 @@ TEST(MemoryTable, ConvNormAct) {
     // No activation: the sum's are not needed.
     EXPECT_EQ(kept(unit(coded, memory, "identity", coded)), 3 * codes + 2 * numbers);
   }
+}
+
+TEST(MemoryTable, MaxPool) {
+  const at::Tensor x = at::randn({2, 8, 9, 12}).requires_grad_();
+  EXPECT_EQ(memory::kept_bytes({remnant::max_pool2d(x, {3}, {2}, {1})}, {x}), 2 * 8 * 5 * 6);
 }
 
 TEST(MemoryTable, LinearCrossEntropy) {
