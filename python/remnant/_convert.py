@@ -72,12 +72,12 @@ class _Units:
             policy = chosen[names[id(run.conv)]]
             if run.norm is None:
                 if policy.bits:  # exact: the activation and what follows hold one tensor anyway
-                    self.settings[id(run.conv)] = {"then": run.then}
+                    self.settings[id(run.conv)] = {"then": run.then, "around": run.around}
             elif chosen[names[id(run.norm)]] != policy:
                 self.against[id(run.norm)] = "its convolution has another setting"
             elif not nn.reason_against(run.conv):
-                self.settings[id(run.conv)] = {"then": "norm"}
-                self.settings[id(run.norm)] = {"then": run.then, "shortcut": run.shortcut}
+                self.settings[id(run.conv)] = {"then": "norm", "around": run.around}
+                self.settings[id(run.norm)] = {"then": run.then, "shortcut": run.shortcut, "around": run.around}
 
     def of(self, module: torch_nn.Module) -> dict[str, Any]:
         return self.settings.get(id(module), {})

@@ -42,12 +42,14 @@ class Run:
 
     then: what the norm (without one: the convolution) waits for: "", "activation", "add" or "add activation".
     shortcut: a strided 1x1 convolution whose output goes into a sum, cheap enough to be run again in backward.
+    around: modules whose forward begins or ends before the unit is whole.
     """
 
     conv: nn.Module
     norm: nn.Module | None
     then: str
     shortcut: bool = False
+    around: tuple[nn.Module, ...] = ()
 
 
 def padding_of(conv: nn.Module) -> list[int] | None:
@@ -72,6 +74,10 @@ def activation_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> s
     return f"leaky:slope={slope!r}" if 0 <= slope < math.inf else None
 
 
+def version_of(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
 @dataclasses.dataclass
 class Call:
     """One run of a convolution and perhaps its norm."""
@@ -80,6 +86,7 @@ class Call:
     input: Tensor
     memory: str
     gradients: bool
+    version: int  # of input
     norm: Any = None
     recompute: bool = False  # the unit keeps its input alone
     done: bool = False  # the norm's running statistics have this batch
@@ -96,7 +103,13 @@ class Call:
         kind = self.input.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.input.dtype
 
+    def check(self) -> None:
+        if version_of(self.input) != self.version:
+            raise RuntimeError(f"convert: the input of {self.conv} was changed in place before the norm or activation "
+                               "behind it was read; change a copy, or give the layer the setting 'eager' by overrides")
+
     def run(self, residual: Tensor | None, activation: str) -> Tensor:
+        self.check()
         conv, norm, named = self.conv, self.norm, {}
         if isinstance(norm, nn.GroupNorm):
             named = {"norm": f"group:groups={norm.num_groups}"}
@@ -146,6 +159,7 @@ class Pending(Tensor):
         """The tensor itself, for a reader that takes no part in the unit."""
         if self.made is None:
             call = self.call
+            call.check()
             with torch.set_grad_enabled(call.gradients):
                 if call.norm is None:
                     self.made = call.conv.alone(call.input)
@@ -200,18 +214,44 @@ def _kind(module: nn.Module | None) -> type:
     return module.__dict__.get("torch_class", type(module)) if module is not None else type(None)
 
 
+class _Proxy(fx.Proxy):
+    """torch.fx's takes x += y for x = x + y."""
+
+    def _changed(self, function: Callable, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.itruediv, other)
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(module: nn.Module) -> fx.Graph | None:
+    with contextlib.suppress(Exception):  # a forward that looks at values may fail in any way on none
+        return _Tracer().trace(module)
+    return None
 
 
 def _graphs(module: nn.Module) -> Iterable[tuple[nn.Module, fx.Graph]]:
     """The graphs of the largest parts of a model that can be traced and have a convolution."""
     if not any(isinstance(each, CONVOLUTIONS) for each in module.modules()) or isinstance(module, CONVOLUTIONS):
         return
-    graph = None
-    with contextlib.suppress(Exception):  # a forward that looks at values may fail in any way on none
-        graph = _Tracer().trace(module)
+    graph = _trace(module)
     if graph is not None:
         yield module, graph
         return
@@ -243,6 +283,11 @@ def _changed_in_place(node: fx.Node, root: nn.Module) -> bool:
             if getattr(reader, "inplace", False):
                 return True
             passes = isinstance(reader, _PASSING_MODULES)
+            if not passes and not type(reader).__module__.startswith(("torch.nn", "remnant.nn")):
+                inner = _trace(reader)
+                if inner is not None and any(each.op == "placeholder" and _changed_in_place(each, reader)
+                                             for each in inner.nodes):
+                    return True
         elif user.op == "call_method":
             if first and user.target.endswith("_") and not user.target.endswith("__"):
                 return True
@@ -272,21 +317,33 @@ def _itself(node: Any, root: nn.Module) -> Any:
     return node
 
 
-def _then(node: fx.Node, root: nn.Module) -> tuple[str, fx.Node]:
-    """What a norm should wait for, and the node that the unit ends at."""
+def _then(node: fx.Node, root: nn.Module) -> tuple[str, list[fx.Node]]:
+    """What a norm should wait for, and the nodes up to the unit's end."""
     users = _readers(node, root)
     if len(users) != 1:
-        return "", node
+        return "", [node]
     if _activates(users[0], root):
-        return "activation", users[0]
+        return "activation", [node, users[0]]
     in_place = users[0].target in (operator.iadd, "add_")
     first, second = (_itself(each, root) for each in users[0].args) if _adds(users[0]) else (None, None)
-    if first is second or (in_place and first is not node):
-        return "", node
+    if first is second or not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or (
+            in_place and first is not node):
+        return "", [node]
     after = _readers(users[0], root)
     if len(after) == 1 and _activates(after[0], root):
-        return "add activation", after[0]
-    return "add", users[0]
+        return "add activation", [node, users[0], after[0]]
+    return "add", [node, users[0]]
+
+
+def _around(nodes: list[fx.Node], root: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that a value goes out of or comes into on the way from the first of some nodes to the last."""
+
+    def inside(node: fx.Node) -> list[str]:
+        return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+    everywhere = set.intersection(*(set(inside(node)) for node in nodes))
+    found = dict.fromkeys(path for node in nodes for path in inside(node) if path not in everywhere)
+    return tuple(root.get_submodule(path) for path in found)
 
 
 def _called(node: Any, root: nn.Module) -> nn.Module | None:
@@ -314,21 +371,24 @@ def find_runs(model: nn.Module) -> tuple[list[Run], dict[int, str]]:
             conv = _called(node, root)
             users = _readers(node, root)
             norm = _called(users[0], root) if len(users) == 1 else None
-            if not _fits(norm, conv):
-                then, _ = _then(node, root)
-                calls.setdefault(id(conv), []).append(Run(conv, None, "activation") if then == "activation" else None)
+            fits = _fits(norm, conv)
+            then, nodes = _then(users[0] if fits else node, root)
+            if not fits:
+                run = Run(conv, None, then, around=_around(nodes, root)) if then == "activation" else None
+                calls.setdefault(id(conv), []).append(run)
                 continue
-            then, last = _then(users[0], root)
             total = _readers(users[0], root)[0] if then.startswith("add") else None
             if total in mains:
-                then, last = "", users[0]
+                then, nodes = "", users
             elif total is not None:
                 mains.add(total)
-            run = Run(conv, norm, then, not then and _is_strided_point(conv))
-            if not then.endswith("activation") and _changed_in_place(last, root):
+            run = Run(conv, norm, then, not then and _is_strided_point(conv), _around([node, *nodes], root))
+            if not then.endswith("activation") and _changed_in_place(nodes[-1], root):
                 against[id(norm)] = "what follows changes its output in place"
-                calls.setdefault(id(conv), []).append(None)
-                continue
+                run = None
+            elif isinstance(node.args[0] if node.args else None, fx.Node) and _changed_in_place(node.args[0], root):
+                against[id(norm)] = "its convolution's input is changed in place"
+                run = None
             calls.setdefault(id(conv), []).append(run)
     runs = [each[0] for each in calls.values() if each[0] is not None and all(run == each[0] for run in each)]
     return runs, against

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from remnant import _ops
 from remnant._policy import Policy
-from remnant._units import Call, Pending, padding_of
+from remnant._units import Call, Pending, padding_of, version_of
 
 
 class Converted:
@@ -103,10 +103,17 @@ class SiLU(Converted, nn.SiLU):
         return _ops.silu(input, policy=self.memory.codes)
 
 
-def _alone(module: nn.Module) -> bool:
-    """Whether a layer's own output is wanted, or its parameters may be gone after its forward."""
-    return torch.compiler.is_compiling() or any(
-        not getattr(hook, "looks_at_nothing", False) for hook in module._forward_hooks.values())
+def _alone(module: Any) -> bool:
+    """Whether somebody wants a layer's own output, or its parameters may be gone after the forward."""
+    if torch.compiler.is_compiling():
+        return True
+    modules = torch.nn.modules.module
+    if modules._global_forward_hooks or modules._global_backward_hooks or modules._global_backward_pre_hooks:
+        return True
+    return any(
+        each._backward_hooks or each._backward_pre_hooks
+        or any(not getattr(hook, "looks_at_nothing", False) for hook in each._forward_hooks.values())
+        for each in (module, *module.around))
 
 
 class _Convolution(Converted):
@@ -117,6 +124,7 @@ class _Convolution(Converted):
     """
 
     then = ""
+    around: tuple[nn.Module, ...] = ()  # modules whose forward begins or ends before the unit is whole
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Pending):
@@ -124,7 +132,7 @@ class _Convolution(Converted):
         batched = input.dim() == self.weight.dim()  # type: ignore[attr-defined]
         if not _takes_part(self) or not batched or not input.is_floating_point():  # type: ignore[arg-type]
             return super().forward(input)  # type: ignore[misc]
-        if not self.then or _alone(self):  # type: ignore[arg-type]
+        if not self.then or _alone(self):
             return self.alone(input)
         return Pending.of(self._call(input), self.then)
 
@@ -136,7 +144,7 @@ class _Convolution(Converted):
 
     def _call(self, input: Tensor) -> Call:
         memory = f"unbiased:bits={self.memory.bits}" if self.memory.bits else "exact"
-        return Call(self, input, memory, torch.is_grad_enabled())
+        return Call(self, input, memory, torch.is_grad_enabled(), version_of(input))
 
 
 class _Norm(Converted):
@@ -148,6 +156,7 @@ class _Norm(Converted):
 
     then = ""
     shortcut = False
+    around: tuple[nn.Module, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Pending):
@@ -156,7 +165,7 @@ class _Norm(Converted):
             return super().forward(input.value())  # type: ignore[misc]
         recompute = self.shortcut and self.memory.recompute and not self.memory.bits
         call = dataclasses.replace(input.call, norm=self, recompute=recompute)
-        return Pending.of(call, self.then) if self.then and not _alone(self) else call.run(None, "identity")  # type: ignore[arg-type]
+        return Pending.of(call, self.then) if self.then and not _alone(self) else call.run(None, "identity")
 
 
 class Conv1d(_Convolution, nn.Conv1d):
@@ -365,7 +374,7 @@ NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm)
 def convert_one(module: nn.Module, twin: type, policy: Policy, unit: dict[str, Any]) -> None:
     """Gives `module` its twin's class: parameters, buffers, hooks and identity stay.
 
-    unit: `then` and `shortcut` of convolutions and norms.
+    unit: `then`, `shortcut` and `around` of convolutions and norms.
     """
     module.__dict__.update(torch_class=type(module), memory=policy, **unit)
     module.__class__ = twin
@@ -373,5 +382,5 @@ def convert_one(module: nn.Module, twin: type, policy: Policy, unit: dict[str, A
 
 def revert_one(module: nn.Module) -> None:
     module.__class__ = module.__dict__.pop("torch_class")
-    for name in ("memory", "then", "shortcut"):
+    for name in ("memory", "then", "shortcut", "around"):
         module.__dict__.pop(name, None)

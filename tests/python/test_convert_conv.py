@@ -226,12 +226,17 @@ def test_readers_that_come_after_conversion_get_the_tensor(reads):
 
 
 def test_in_place_readers_are_left_or_right():
+    class Adds(nn.Module):
+        def forward(self, x):
+            x += 1
+            return x
+
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), nn.Conv2d(8, 8, 3),
-                          nn.BatchNorm2d(8), nn.Dropout(0.0), nn.Hardswish(inplace=True))
+                          nn.BatchNorm2d(8), nn.Dropout(0.0), nn.Hardswish(inplace=True), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), Adds())
     x = torch.randn(4, 3, 8, 8)
     wanted = outcome(copy.deepcopy(model), x)
     left = remnant.conversion(remnant.convert(model)).left
-    assert left["1"][1] == left["4"][1] == "what follows changes its output in place"
+    assert left["1"][1] == left["4"][1] == left["8"][1] == "what follows changes its output in place"
     assert_same(outcome(model, x), wanted)
 
 
@@ -285,6 +290,67 @@ def test_hooks_see_tensors(memory):
     y = model(x)
     other = remnant.revert(copy.deepcopy(model))
     assert torch.allclose(y, other(x), atol=1e-4) and all(type(each) is torch.Tensor for each in seen.values())
+
+
+class Pair(nn.Module):
+    """conv and norm in a module of their own, whose output an activation outside reads."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "backward pre", "every module's", "none"])
+@pytest.mark.parametrize("where", ["0", "0.conv", "0.norm", "1"])
+def test_hooks_around_a_unit(kind, where):
+    torch.manual_seed(0)
+    model, x, seen = nn.Sequential(Pair(3, 8), nn.ReLU(), Pair(8, 8), nn.ReLU()), torch.randn(2, 3, 8, 8), []
+    other = remnant.convert(copy.deepcopy(model))
+    assert other[0] in other[0].norm.around and other[1] in other[0].norm.around
+    wanted = outcome(model, x)
+    hooked, handle = other.get_submodule(where), None
+    note = lambda *values: seen.append(values[-1]) and None  # noqa: E731
+    if kind == "forward":
+        handle = hooked.register_forward_hook(note)
+    elif kind == "backward":
+        handle = hooked.register_full_backward_hook(note)
+    elif kind == "backward pre":
+        handle = hooked.register_full_backward_pre_hook(note)
+    elif kind == "every module's":
+        handle = nn.modules.module.register_module_full_backward_hook(note)
+    try:
+        assert_same(outcome(other, x), wanted)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert bool(seen) == (kind != "none")
+
+
+def test_an_input_changed_in_place():
+    class Changes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.change = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), True
+
+        def forward(self, x):
+            x = x * 1
+            y = self.conv(x)
+            if self.change:
+                x += 1
+            return functional.relu(self.bn(y)) + x
+
+    model, x = remnant.convert(Changes()), torch.randn(2, 3, 4, 4)
+    assert remnant.conversion(model).left["bn"][1] == "its convolution's input is changed in place"
+    other = Changes()
+    other.change = False
+    remnant.convert(other)
+    assert len(units(other)) == 1
+    other.change = True  # eager's backward refuses it, too
+    with pytest.raises(RuntimeError, match="changed in place before the norm"):
+        other(x)
 
 
 @pytest.mark.parametrize("memory", ["exact", "unbiased:bits=8"])

@@ -99,3 +99,43 @@ def test_ranks_draw_dropout_and_codes_of_their_own():
     dist.all_gather(gathered, model[2].bias.detach())
     assert torch.equal(gathered[0], gathered[1]) and gathered[0].isfinite().all()
     """)
+
+
+def test_convolution_units_equal_one_process():
+    torchrun("""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    mesh = init_device_mesh("cpu", (ranks,))
+
+    class Block(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.GroupNorm(2, channels), nn.ReLU(),
+                                      nn.Conv2d(channels, channels, 3, 1, 1, bias=False))
+            self.norm, self.relu = nn.GroupNorm(2, channels), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.norm(self.body(x)) + x)
+
+    def network(memory="exact"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.GroupNorm(4, 8), nn.ReLU(), Block(8), Block(8), nn.Flatten(), nn.Linear(8 * 36, 3))
+        return remnant.convert(model, memory)
+
+    images = torch.randn(3, 8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    alone, parts = network("eager"), images.chunk(ranks, 1)[rank]
+    steps(alone, images)
+    parallel = nn.parallel.DistributedDataParallel(network())
+    steps(parallel, parts)
+    for (name, a), b in zip(parallel.module.named_parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), name
+    for wrap in ("blocks", "every layer"):
+        model = network()
+        for module in list(model.modules()):
+            if isinstance(module, Block) if wrap == "blocks" else not list(module.children()) and list(module.parameters()):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        steps(model, parts)
+        for (name, a), b in zip(model.named_parameters(), alone.parameters(), strict=True):
+            assert torch.allclose(a.full_tensor(), b, atol=1e-5), (wrap, name)
+    """)
