@@ -28,7 +28,11 @@ class Converted:
 
 def _takes_part(module: nn.Module) -> bool:
     # In training also without gradients: a reentrant checkpoint's first run must drop what its second does.
-    return torch.is_grad_enabled() or module.training
+    if not torch.is_grad_enabled() and not module.training:
+        return False
+    # torch.func's transforms and torch.jit.trace know PyTorch's operations alone.
+    return torch.compiler.is_compiling() or not (
+        torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None)
 
 
 class Linear(Converted, nn.Linear):
@@ -203,7 +207,8 @@ class MaxPool2d(Converted, nn.MaxPool2d):
         if isinstance(input, Pending):
             input = input.value()
         kernel = self.kernel_size if isinstance(self.kernel_size, (tuple, list)) else (self.kernel_size,) * 2
-        if not torch.is_grad_enabled() or self.return_indices or input.dim() != 4 or kernel[0] * kernel[-1] > 256:
+        wanted = torch.is_grad_enabled() and _takes_part(self) and not self.return_indices
+        if not wanted or input.dim() != 4 or kernel[0] * kernel[-1] > 256:
             return super().forward(input)
         return _ops.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 

@@ -226,7 +226,7 @@ class Odd(nn.Linear):
 def test_what_cannot_be_converted_is_left_and_said():
     model = nn.ModuleDict({
         "odd": Odd(4, 4), "image": nn.LayerNorm((3, 4)), "widths": nn.MultiheadAttention(8, 2, kdim=4),
-        "bias": nn.MultiheadAttention(8, 2, add_bias_kv=True), "pool": nn.MaxPool2d(2), "fine": nn.Linear(4, 4)})
+        "bias": nn.MultiheadAttention(8, 2, add_bias_kv=True), "pool": nn.AvgPool2d(2), "fine": nn.Linear(4, 4)})
     kinds = {name: type(module) for name, module in model.named_modules()}
     remnant.convert(model)
     left = remnant.conversion(model).left

@@ -396,6 +396,19 @@ def test_compile_autocast_copies_and_gradients_off():
         assert torch.allclose(frozen.train()(x), y, atol=1e-5)
 
 
+def test_traced_and_transformed_by_torch_func():
+    model, x = Net().eval(), torch.randn(3, 3, 8, 8)
+    other = remnant.convert(copy.deepcopy(model))
+    assert torch.allclose(torch.jit.trace(other, x)(x), model(x), atol=1e-5)
+
+    def loss(of):
+        return lambda parameters: torch.func.functional_call(of, parameters, (x,)).square().mean()
+
+    wanted = torch.func.grad(loss(model))(dict(model.named_parameters()))
+    for name, g in torch.func.grad(loss(other))(dict(other.named_parameters())).items():
+        assert torch.allclose(g, wanted[name], atol=1e-5), name
+
+
 def test_a_convolution_without_gradients_stays_cut():
     class Cut(nn.Module):
         def __init__(self):
