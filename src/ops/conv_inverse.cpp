@@ -1,5 +1,7 @@
 #include "ops/conv_inverse.h"
 
+#include "kernels/cpu/step_kernels.h"
+
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -19,6 +21,7 @@
 #include <ATen/ops/randint.h>
 #include <ATen/ops/real.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/view_as_complex.h>
 #include <ATen/ops/view_as_real.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -182,8 +185,8 @@ GridTransform::GridTransform(Pair grid, const at::TensorOptions& options)
   rows_ = made(at::stack({a.cos(), -a.sin()}, 1), 2 * half_, h);  // rows (frequency, re or im)
   // (re, im) e^{-ib}: rows (frequency, re or im), columns (re or im, position).
   columns_ = made(at::stack({at::stack({c, s}, 1), at::stack({-s, c}, 1)}, 1), 2 * w, 2 * w);
-  // (re, im) e^{ib} / w: rows (re or im, position), columns (frequency, re or im).
-  columns_back_ = made(at::stack({at::stack({c, -s}, 2), at::stack({s, c}, 2)}, 0) / w, 2 * w, 2 * w);
+  // (re, im) e^{ib} / w: rows (re or im, position), columns (re or im, frequency).
+  columns_back_ = made(at::stack({at::stack({c, -s}, 1), at::stack({s, c}, 1)}, 0) / w, 2 * w, 2 * w);
   // Each frequency stands for its mirror image too, but the first, and of an even grid the last.
   at::Tensor twice = at::ones({half_}, at::TensorOptions(at::kDouble)) * 2;
   twice[0] = 1;
@@ -192,35 +195,156 @@ GridTransform::GridTransform(Pair grid, const at::TensorOptions& options)
   rows_back_ = made(back.reshape({2 * half_, h}).t(), h, 2 * half_);
 }
 
-at::Tensor GridTransform::forward(const at::Tensor& x) const {
-  const int64_t n = x.size(0), h = x.size(1), w = x.size(2), c = x.size(3), g = grid_[1];
+namespace {
+
+// Calls f of the kernels' element type, for float32 and float64 on a CPU.
+template <typename F>
+void with_element(const at::Tensor& x, F&& f) {
+  if (x.scalar_type() == at::kFloat) {
+    f(float{});
+  } else {
+    f(double{});
+  }
+}
+
+template <typename T>
+kernels::Spectrum<T> spectrum_of(int64_t n, Pair size, Pair grid, int64_t groups, int64_t channels,
+                                 const at::Tensor& rows, const at::Tensor& columns) {
+  kernels::Spectrum<T> p;
+  p.samples = n, p.height = size[0], p.width = size[1], p.groups = groups, p.channels = channels;
+  p.grid_height = grid[0], p.grid_width = grid[1];
+  p.rows = rows.const_data_ptr<T>(), p.columns = columns.const_data_ptr<T>();
+  return p;
+}
+
+// Ranges of [0, count), each with scratch of its own.
+template <typename F>
+void with_scratch(int64_t count, int64_t grain, int64_t floats, const at::TensorOptions& options, F&& f) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const at::Tensor scratch = at::empty({floats}, options);
+    f(begin, end, scratch.mutable_data_ptr());
+  });
+}
+
+}  // namespace
+
+at::Tensor GridTransform::forward(const at::Tensor& x, int64_t groups) const {
+  const int64_t n = x.size(0), h = x.size(1), w = x.size(2), all = x.size(3), c = all / groups, g = grid_[1];
+  if (x.is_cpu()) {
+    const at::Tensor given = x.contiguous();
+    at::Tensor y = at::empty({frequencies() * groups, n, 2 * c}, x.options());
+    with_element(x, [&]<typename T>(T) {
+      auto p = spectrum_of<T>(n, {h, w}, grid_, groups, c, rows_, columns_);
+      p.x = given.const_data_ptr<T>(), p.spectrum = y.mutable_data_ptr<T>();
+      const auto& step = kernels::step_kernels();
+      with_scratch(n, 1, p.scratch_floats(), x.options(), [&](int64_t begin, int64_t end, void* scratch) {
+        if constexpr (sizeof(T) == 4) {
+          step.spectrum_forward_f32(p, begin, end, scratch);
+        } else {
+          step.spectrum_forward_f64(p, begin, end, scratch);
+        }
+      });
+    });
+    return y;
+  }
   const at::Tensor rows = rows_.narrow(1, 0, h).expand({n, -1, -1});
   const at::Tensor columns =
       w == g ? columns_ : columns_.view({2 * g, 2, g}).narrow(2, 0, w).reshape({2 * g, 2 * w});
-  const at::Tensor p = at::bmm(rows, x.reshape({n, h, w * c})).view({n * half_, 2 * w, c});
-  return at::bmm(columns.expand({n * half_, -1, -1}), p).view({n, half_, g, 2, c});
+  const at::Tensor p = at::bmm(rows, x.reshape({n, h, w * all})).view({n * half_, 2 * w, all});
+  return at::bmm(columns.expand({n * half_, -1, -1}), p)
+      .view({n, frequencies(), 2, groups, c})
+      .permute({1, 3, 0, 2, 4})
+      .reshape({frequencies() * groups, n, 2 * c});
 }
 
-at::Tensor GridTransform::inverse(const at::Tensor& z, int64_t rows) const {
-  const int64_t n = z.size(0), g = grid_[1], c = z.size(4);
-  const at::Tensor p = at::bmm(columns_back_.expand({n * half_, -1, -1}), z.reshape({n * half_, 2 * g, c}));
-  return at::bmm(rows_back_.narrow(0, 0, rows).expand({n, -1, -1}), p.view({n, 2 * half_, g * c}))
-      .view({n, rows, g, c});
+at::Tensor GridTransform::inverse(const at::Tensor& z, int64_t groups, Pair size) const {
+  const int64_t n = z.size(1), g = grid_[1], c = z.size(2) / 2, all = groups * c;
+  if (z.is_cpu()) {
+    const at::Tensor given = z.contiguous();
+    at::Tensor x = at::empty({n, size[0], size[1], all}, z.options());
+    with_element(z, [&]<typename T>(T) {
+      auto p = spectrum_of<T>(n, size, grid_, groups, c, rows_back_, columns_back_);
+      p.z = given.const_data_ptr<T>(), p.out = x.mutable_data_ptr<T>();
+      const auto& step = kernels::step_kernels();
+      with_scratch(n, 1, p.scratch_floats(), z.options(), [&](int64_t begin, int64_t end, void* scratch) {
+        if constexpr (sizeof(T) == 4) {
+          step.spectrum_inverse_f32(p, begin, end, scratch);
+        } else {
+          step.spectrum_inverse_f64(p, begin, end, scratch);
+        }
+      });
+    });
+    return x;
+  }
+  const at::Tensor by_sample = z.view({half_, g, groups, n, 2, c}).permute({3, 0, 4, 1, 2, 5});
+  const at::Tensor p =
+      at::bmm(columns_back_.expand({n * half_, -1, -1}), by_sample.reshape({n * half_, 2 * g, all}));
+  return at::bmm(rows_back_.narrow(0, 0, size[0]).expand({n, -1, -1}), p.view({n, 2 * half_, g * all}))
+      .view({n, size[0], g, all})
+      .narrow(2, 0, size[1]);
 }
 
 // --- the systems -----------------------------------------------------------------------------------
 
 namespace {
 
+// Beyond it LAPACK's blocked inverse is faster than a matrix a lane, whose vectors leave the caches.
+constexpr int64_t kMostUnknowns = 96;
+
+bool lanes_invert(const at::Tensor& a) { return a.is_cpu() && a.size(1) <= kMostUnknowns; }
+
+// The inverses of complex [systems, n, n], or with `blocks`, [systems, 2, n, 2, n], those alone.
+at::Tensor invert_in_lanes(const at::Tensor& a, at::Tensor* blocks) {
+  const at::Tensor real = at::view_as_real(a.contiguous());
+  at::Tensor inverse = blocks == nullptr ? at::empty_like(real) : at::Tensor();
+  with_element(real, [&]<typename T>(T) {
+    kernels::SystemInverses<T> p;
+    p.n = a.size(1), p.a = real.const_data_ptr<T>();
+    if (blocks != nullptr) p.blocks = blocks->mutable_data_ptr<T>();
+    if (blocks == nullptr) p.inverse = inverse.mutable_data_ptr<T>();
+    const auto& step = kernels::step_kernels();
+    with_scratch(a.size(0), p.most_lanes(), p.scratch_floats(), real.options(),
+                 [&](int64_t begin, int64_t end, void* scratch) {
+                   if constexpr (sizeof(T) == 4) {
+                     step.system_inverses_f32(p, begin, end, scratch);
+                   } else {
+                     step.system_inverses_f64(p, begin, end, scratch);
+                   }
+                 });
+  });
+  return blocks == nullptr ? at::view_as_complex(inverse) : at::Tensor();
+}
+
 // ATen solves a batch's systems one after the other; here the threads share them.
 at::Tensor inverses_of(const at::Tensor& a) {
-  if (!a.device().is_cpu()) return std::get<0>(at::linalg_inv_ex(a));
+  if (!a.is_cpu()) return std::get<0>(at::linalg_inv_ex(a));
+  if (lanes_invert(a)) return invert_in_lanes(a, nullptr);
   at::Tensor inverse = at::empty_like(a);
   at::parallel_for(0, a.size(0), 16, [&](int64_t begin, int64_t end) {
     inverse.narrow(0, begin, end - begin)
         .copy_(std::get<0>(at::linalg_inv_ex(a.narrow(0, begin, end - begin))));
   });
   return inverse;
+}
+
+// y [systems, n, 2 out] times blocks [systems, 2 out, 2 in].
+at::Tensor multiply_systems(const at::Tensor& y, const at::Tensor& blocks) {
+  if (!y.is_cpu()) return at::bmm(y, blocks);
+  at::Tensor z = at::empty({y.size(0), y.size(1), blocks.size(2)}, y.options());
+  with_element(y, [&]<typename T>(T) {
+    kernels::SystemProducts<T> p;
+    p.rows = y.size(1), p.depth = y.size(2), p.columns = blocks.size(2);
+    p.y = y.const_data_ptr<T>(), p.blocks = blocks.const_data_ptr<T>(), p.z = z.mutable_data_ptr<T>();
+    const auto& step = kernels::step_kernels();
+    at::parallel_for(0, y.size(0), 1, [&](int64_t begin, int64_t end) {
+      if constexpr (sizeof(T) == 4) {
+        step.system_products_f32(p, begin, end);
+      } else {
+        step.system_products_f64(p, begin, end);
+      }
+    });
+  });
+  return z;
 }
 
 }  // namespace
@@ -258,6 +382,11 @@ FrequencyInverse::FrequencyInverse(const FullConvolution& shape, const GridTrans
     const at::Tensor phase = at::complex(angle.cos(), angle.sin().neg_()).to(by_tap.scalar_type());
     const at::Tensor a = at::mm(phase, by_tap).view({count, out, in});
     at::Tensor m, hard;
+    at::Tensor block = blocks_.narrow(0, row * columns * g, count);
+    if (out == in && tau == 0 && lanes_invert(a)) {
+      invert_in_lanes(a, &block);
+      continue;
+    }
     if (out >= in) {
       const at::Tensor adjoint = a.mH();
       m = out == in ? inverses_of(a) : at::matmul(inverses_of(at::matmul(adjoint, a)), adjoint);
@@ -287,7 +416,6 @@ FrequencyInverse::FrequencyInverse(const FullConvolution& shape, const GridTrans
     }
     if (tau > 0) gain += at::view_as_real(m).square().sum(at::kDouble).item<double>();
     const at::Tensor mt = at::view_as_real(m.mT());
-    at::Tensor block = blocks_.narrow(0, row * columns * g, count);
     const at::Tensor re = mt.select(3, 0), im = mt.select(3, 1);
     block.select(1, 0).select(2, 0).copy_(re);
     block.select(1, 1).select(2, 1).copy_(re);
@@ -306,21 +434,9 @@ FrequencyInverse::FrequencyInverse(const FullConvolution& shape, const GridTrans
   }
 }
 
-namespace {
-
-// [n, F, 2, g c] as [F g, n, 2 c], and back.
-at::Tensor by_system(const at::Tensor& x, int64_t groups) {
-  const int64_t n = x.size(0), f = x.size(1) * x.size(2), c = x.size(4) / groups;
-  if (groups == 1) return x.view({n, f, 2 * c}).transpose(0, 1);
-  return x.view({n, f, 2, groups, c}).permute({1, 3, 0, 2, 4}).reshape({f * groups, n, 2 * c});
-}
-
-}  // namespace
-
 at::Tensor FrequencyInverse::coordinates_of(const at::Tensor& x) const {
   const int64_t n = x.size(0), in = shape_.unknowns();
-  const at::Tensor z =
-      by_system(transform_.forward(x), shape_.groups).index_select(0, place_).view({-1, n, 2, in});
+  const at::Tensor z = transform_.forward(x, shape_.groups).index_select(0, place_).view({-1, n, 2, in});
   const at::Tensor v = at::view_as_real(basis_);
   const at::Tensor vr = v.select(2, 0).unsqueeze(1), vi = v.select(2, 1).unsqueeze(1);
   const at::Tensor re = z.select(2, 0), im = z.select(2, 1);
@@ -328,10 +444,7 @@ at::Tensor FrequencyInverse::coordinates_of(const at::Tensor& x) const {
 }
 
 at::Tensor FrequencyInverse::solve(const at::Tensor& joined, const at::Tensor& kept) const {
-  const int64_t n = joined.size(0), g = shape_.groups, in = shape_.unknowns();
-  const int64_t half = transform_.half(), columns = transform_.grid()[1];
-  const at::Tensor y = by_system(transform_.forward(joined), g);
-  at::Tensor z = at::bmm(y, blocks_);
+  at::Tensor z = multiply_systems(transform_.forward(joined, shape_.groups), blocks_);
   if (basis_.defined() && kept.defined()) {
     const at::Tensor v = at::view_as_real(basis_);
     const at::Tensor vr = v.select(2, 0).unsqueeze(1), vi = v.select(2, 1).unsqueeze(1);
@@ -340,9 +453,7 @@ at::Tensor FrequencyInverse::solve(const at::Tensor& joined, const at::Tensor& k
     const at::Tensor part = at::stack({vr * cr + vi * ci, vr * ci - vi * cr}, 2).flatten(2);
     z.index_add_(0, place_, part);
   }
-  z = g == 1 ? z.transpose(0, 1).contiguous()
-             : z.view({half * columns, g, n, 2, in}).permute({2, 0, 3, 1, 4}).contiguous();
-  return transform_.inverse(z.view({n, half, columns, 2, g * in}), shape_.phases[0]);
+  return transform_.inverse(z, shape_.groups, shape_.phases);
 }
 
 // --- the certificate -------------------------------------------------------------------------------

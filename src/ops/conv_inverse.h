@@ -45,15 +45,15 @@ struct FullConvolution {
   at::Tensor window(const at::Tensor& y) const;
 };
 
-/// The discrete Fourier transform of real [n, rows, columns, C] as four products with small matrices, which
-/// leave each frequency's channels side by side: [n, rows / 2 + 1, columns, (re, im), C]. Rounds like an FFT
-/// at these sizes, and needs no transposed copies.
+/// The discrete Fourier transform of real [n, rows, columns, groups C] on a grid, as products with small
+/// matrices, which leave each system's channels side by side: [(rows / 2 + 1) columns groups, n, (re, im) C],
+/// rows and columns the grid's. Rounds like an FFT at these sizes, and needs no transposed copies.
 class GridTransform {
  public:
   GridTransform(Pair grid, const at::TensorOptions& options);
-  at::Tensor forward(const at::Tensor& x) const;
-  /// The first `rows` rows.
-  at::Tensor inverse(const at::Tensor& z, int64_t rows) const;
+  at::Tensor forward(const at::Tensor& x, int64_t groups) const;
+  /// The first rows and columns of the grid: [n, rows, columns, groups C].
+  at::Tensor inverse(const at::Tensor& z, int64_t groups, Pair size) const;
   int64_t frequencies() const { return half_ * grid_[1]; }
   int64_t half() const { return half_; }
   const Pair& grid() const { return grid_; }
@@ -61,7 +61,7 @@ class GridTransform {
  private:
   Pair grid_;
   int64_t half_;
-  at::Tensor rows_, columns_, columns_back_, rows_back_;
+  at::Tensor rows_, columns_, columns_back_, rows_back_;  // as kernels::Spectrum has them
 };
 
 /// The inverse of a full convolution's system at each frequency. Directions whose singular value is below tau
@@ -77,8 +77,8 @@ class FrequencyInverse {
   int64_t coordinates() const { return basis_.defined() ? basis_.size(0) : 0; }  ///< complex, a sample
   /// Of [n, positions, channels], zero outside of the positions: [n, coordinates(), 2].
   at::Tensor coordinates_of(const at::Tensor& unfolded) const;
-  /// [n, positions of the grid's columns, channels], from joined outputs [n, full, out channels] and kept
-  /// coordinates (or undefined). Columns beyond the input's are padding, which has to come out as 0.
+  /// [n, positions, channels], from joined outputs [n, full, out channels] and kept coordinates (or
+  /// undefined).
   at::Tensor solve(const at::Tensor& joined, const at::Tensor& kept) const;
 
  private:

@@ -113,33 +113,36 @@ template int64_t attention_scratch_bytes(const AttentionProblem<double>&);
 namespace {
 
 // A variant's attention kernels, and the other kernels of the one that it extends.
-#define REMNANT_KERNEL_TABLE(variant, others, bfloat16)                                           \
-  constexpr CpuKernels k_##variant{#variant,                                                      \
-                                   bfloat16,                                                      \
-                                   variant::attention_forward<float>,                             \
-                                   variant::attention_forward<double>,                            \
-                                   variant::attention_backward<float>,                            \
-                                   variant::attention_backward<double>,                           \
-                                   others::curve_encode<float>,                                   \
-                                   others::curve_encode<double>,                                  \
-                                   others::curve_decode<float>,                                   \
-                                   others::curve_decode<double>,                                  \
-                                   others::dropout_bits,                                          \
-                                   others::cross_entropy<float>,                                  \
-                                   others::cross_entropy<double>,                                 \
-                                   others::hidden_forward<float>,                                 \
-                                   others::hidden_forward<double>,                                \
-                                   others::hidden_backward<float>,                                \
-                                   others::hidden_backward<double>,                               \
-                                   others::hidden_encode<float>,                                  \
-                                   others::hidden_encode<double>,                                 \
-                                   others::hidden_decode<float>,                                  \
-                                   others::hidden_decode<double>};                                \
-  constexpr StepKernels k_step_##variant {                                                        \
-    others::norm_forward, others::norm_backward, others::dropout_add, others::activation_forward, \
-        others::activation_backward, others::encode, others::decode, others::transpose_floats,    \
-        others::unit_moments, others::unit_forward, others::unit_reduce, others::unit_backward,   \
-        others::max_pool_forward, others::max_pool_backward                                       \
+#define REMNANT_KERNEL_TABLE(variant, others, bfloat16)                                                      \
+  constexpr CpuKernels k_##variant{#variant,                                                                 \
+                                   bfloat16,                                                                 \
+                                   variant::attention_forward<float>,                                        \
+                                   variant::attention_forward<double>,                                       \
+                                   variant::attention_backward<float>,                                       \
+                                   variant::attention_backward<double>,                                      \
+                                   others::curve_encode<float>,                                              \
+                                   others::curve_encode<double>,                                             \
+                                   others::curve_decode<float>,                                              \
+                                   others::curve_decode<double>,                                             \
+                                   others::dropout_bits,                                                     \
+                                   others::cross_entropy<float>,                                             \
+                                   others::cross_entropy<double>,                                            \
+                                   others::hidden_forward<float>,                                            \
+                                   others::hidden_forward<double>,                                           \
+                                   others::hidden_backward<float>,                                           \
+                                   others::hidden_backward<double>,                                          \
+                                   others::hidden_encode<float>,                                             \
+                                   others::hidden_encode<double>,                                            \
+                                   others::hidden_decode<float>,                                             \
+                                   others::hidden_decode<double>};                                           \
+  constexpr StepKernels k_step_##variant {                                                                   \
+    others::norm_forward, others::norm_backward, others::dropout_add, others::activation_forward,            \
+        others::activation_backward, others::encode, others::decode, others::transpose_floats,               \
+        others::unit_moments, others::unit_forward, others::unit_reduce, others::unit_backward,              \
+        others::max_pool_forward, others::max_pool_backward, others::spectrum_forward<float>,                \
+        others::spectrum_forward<double>, others::spectrum_inverse<float>, others::spectrum_inverse<double>, \
+        others::system_products<float>, others::system_products<double>, others::system_inverses<float>,     \
+        others::system_inverses<double>                                                                      \
   }
 
 REMNANT_KERNEL_TABLE(portable, portable, false);

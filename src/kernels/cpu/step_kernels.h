@@ -3,6 +3,7 @@
 // Kernels of a Transformer step's other ops: norms, dropout, activations, low-bit codes. Flat tensors and
 // rows of contiguous elements.
 
+#include "kernels/cpu/spectrum_kernels.h"
 #include "kernels/philox.h"
 
 #include <cstdint>
@@ -199,6 +200,16 @@ struct StepKernels {
   /// by one.
   void (*max_pool_forward)(const MaxPool&, int64_t begin, int64_t end);
   void (*max_pool_backward)(const MaxPool&, int64_t begin, int64_t end);
+  /// Samples [begin, end), scratch of scratch_floats().
+  void (*spectrum_forward_f32)(const Spectrum<float>&, int64_t begin, int64_t end, void* scratch);
+  void (*spectrum_forward_f64)(const Spectrum<double>&, int64_t begin, int64_t end, void* scratch);
+  void (*spectrum_inverse_f32)(const Spectrum<float>&, int64_t begin, int64_t end, void* scratch);
+  void (*spectrum_inverse_f64)(const Spectrum<double>&, int64_t begin, int64_t end, void* scratch);
+  /// Systems [begin, end).
+  void (*system_products_f32)(const SystemProducts<float>&, int64_t begin, int64_t end);
+  void (*system_products_f64)(const SystemProducts<double>&, int64_t begin, int64_t end);
+  void (*system_inverses_f32)(const SystemInverses<float>&, int64_t begin, int64_t end, void* scratch);
+  void (*system_inverses_f64)(const SystemInverses<double>&, int64_t begin, int64_t end, void* scratch);
 };
 
 /// Of the instruction set of `chosen`.

@@ -41,6 +41,14 @@
   void unit_backward(const ConvUnit& problem, int64_t begin, int64_t end);                                 \
   void max_pool_forward(const MaxPool& problem, int64_t begin, int64_t end);                               \
   void max_pool_backward(const MaxPool& problem, int64_t begin, int64_t end);                              \
+  template <typename T>                                                                                    \
+  void spectrum_forward(const Spectrum<T>& problem, int64_t begin, int64_t end, void* scratch);            \
+  template <typename T>                                                                                    \
+  void spectrum_inverse(const Spectrum<T>& problem, int64_t begin, int64_t end, void* scratch);            \
+  template <typename T>                                                                                    \
+  void system_products(const SystemProducts<T>& problem, int64_t begin, int64_t end);                      \
+  template <typename T>                                                                                    \
+  void system_inverses(const SystemInverses<T>& problem, int64_t begin, int64_t end, void* scratch);       \
   }
 
 REMNANT_DECLARE_KERNELS(portable)
