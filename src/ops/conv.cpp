@@ -22,6 +22,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -40,26 +41,34 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 constexpr double kTau = 0.05;
 constexpr double kMostKept = 0.75;
+// Systems are solved anew for each batch: beyond these they cost more than the input is worth, in time and in
+// the peak. In numbers, and in inputs.
+constexpr int64_t kSmallSystems = int64_t{1} << 21, kMostSystems = 4;
+
+void check_geometry(const char* op, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                    at::IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK(weight.dim() == 4, op, ": weight must be [O, C / groups, kh, kw], got ", weight.sym_sizes());
+  TORCH_CHECK(groups >= 1 && weight.sym_size(0) % groups == 0, op, ": groups must divide weight's ",
+              weight.sym_size(0), " outputs, got ", groups);
+  for (int i = 0; i < 2; ++i) {
+    TORCH_CHECK(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1, op,
+                ": stride and dilation must be at least 1 and padding at least 0, got ", stride, ", ",
+                dilation, " and ", padding);
+  }
+}
 
 void check(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   check_floating("conv2d", "input", input);
   TORCH_CHECK(input.dim() == 4, "conv2d: input must be [N, C, H, W], got ", input.sym_sizes());
-  TORCH_CHECK(weight.dim() == 4, "conv2d: weight must be [O, C / groups, kh, kw], got ", weight.sym_sizes());
+  check_geometry("conv2d", weight, stride, padding, dilation, groups);
   TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "conv2d: weight must have input's dtype ",
               toString(input.scalar_type()), ", got ", toString(weight.scalar_type()));
-  TORCH_CHECK(groups >= 1 && weight.sym_size(0) % groups == 0, "conv2d: groups must divide weight's ",
-              weight.sym_size(0), " outputs, got ", groups);
   TORCH_CHECK(input.sym_size(1) == weight.sym_size(1) * groups, "conv2d: input must have ",
               weight.sym_size(1) * groups, " channels (weight's ", weight.sym_size(1), " times ", groups,
               " groups), got ", input.sym_size(1));
   TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)),
               "conv2d: bias must be [", weight.sym_size(0), "], one an output, got ", bias->sym_sizes());
-  for (int i = 0; i < 2; ++i) {
-    TORCH_CHECK(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
-                "conv2d: stride and dilation must be at least 1 and padding at least 0, got ", stride, ", ",
-                dilation, " and ", padding);
-  }
 }
 
 // --- codes -----------------------------------------------------------------------------------------
@@ -198,8 +207,8 @@ struct Pointwise {
   at::Tensor of_input(const at::Tensor& x) const {
     at::Tensor part = x;
     for (int i = 0; i < 2; ++i) {
-      part = part.slice(2 + i, start[i], start[i] + (count[i] - 1) * step[i] + 1, step[i]);
-      if (count[i] == 0) part = part.narrow(2 + i, 0, 0);
+      part = count[i] == 0 ? part.narrow(2 + i, 0, 0)
+                           : part.slice(2 + i, start[i], start[i] + (count[i] - 1) * step[i] + 1, step[i]);
     }
     return part;
   }
@@ -207,6 +216,8 @@ struct Pointwise {
     return y.narrow(2, skipped[0], count[0]).narrow(3, skipped[1], count[1]);
   }
   at::Tensor coordinates(const at::Tensor& part) const {
+    if (part.numel() == 0)
+      return at::empty({part.size(0), basis.size(0), part.size(2), part.size(3)}, part.options());
     return at::conv2d(part, basis.view({basis.size(0), basis.size(1), 1, 1}));
   }
   /// inverse times rows of outputs [.., C out], any trailing columns: [groups in, columns].
@@ -240,8 +251,9 @@ void require(bool right, double error, at::ScalarType type) {
   count(Inversion::failed);
   TORCH_CHECK(false, "conv2d: the input that policy 'invert' rebuilt is off by ", error,
               " of its size, expected at most ", largest_error(type),
-              ": the output or the weight was changed behind autograd's back; leave them alone until the "
-              "backward, or use policy 'exact'");
+              ": the output or the weight was changed behind autograd's back, or the bias is so large beside "
+              "the rest of the output that it hides it; leave them alone until the backward, or use policy "
+              "'exact'");
 }
 
 void require_right(double error, at::ScalarType type) {
@@ -300,21 +312,30 @@ std::array<at::Tensor, 3> pointwise_backward(const at::Tensor& grad, const at::T
   return result;
 }
 
-KeptOfInput keep_of_pointwise(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& shape,
-                              bool least) {
+// error: of the input as the backward will rebuild it.
+KeptOfInput keep_of_pointwise(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                              const at::Tensor& output, const ConvGeometry& shape, bool least,
+                              double& error) {
   KeptOfInput kept;
+  error = 0;
   const Pointwise map(weight, shape, least);
   if (least) return kept;
   const int64_t samples = input.size(0);
   const at::Tensor signs = probe_signs(samples * map.count[0] * map.count[1], input.options());
   kept.probes = at::zeros({input.size(1), 4}, input.options());
+  at::Tensor seen = at::zeros_like(kept.probes);
   const int64_t at_once = samples_at_once(input.size(1) * map.count[0] * map.count[1]);
   for (int64_t first = 0; first < samples; first += at_once) {
     const int64_t count = std::min(at_once, samples - first);
-    kept.probes.addmm_(by_channel(map.of_input(input.narrow(0, first, count))),
-                       signs_of(signs, first, count, samples));
+    const at::Tensor x = map.of_input(input.narrow(0, first, count));
+    const at::Tensor part = signs_of(signs, first, count, samples);
+    kept.probes.addmm_(by_channel(x), part);
+    const at::Tensor y = by_channel(minus_bias(map.of_output(output.narrow(0, first, count)), bias));
+    seen.add_(map.apply(at::mm(y, part)));
+    if (map.basis.defined()) seen.addmm_(map.basis.t(), at::mm(by_channel(map.coordinates(x)), part));
   }
   if (map.basis.defined()) kept.coordinates = map.coordinates(map.of_input(input)).contiguous();
+  error = probe_error(seen, kept.probes);
   return kept;
 }
 
@@ -365,8 +386,7 @@ struct Systems {
   }
   /// y without bias and with what was kept of those samples: x, channels last.
   at::Tensor rebuild(const at::Tensor& y, const at::Tensor& ring, const at::Tensor& coordinates) const {
-    const at::Tensor x = inverse.solve(shape.join(y, ring), coordinates);
-    return shape.fold(x.narrow(2, 0, shape.phases[1]));
+    return shape.fold(inverse.solve(shape.join(y, ring), coordinates));
   }
 
   FullConvolution shape;
@@ -380,6 +400,25 @@ at::Tensor flat(const at::Tensor& x) { return x.permute({0, 2, 3, 1}).reshape({x
 
 at::Tensor some(const at::Tensor& x, int64_t first, int64_t count) {
   return x.defined() ? x.narrow(0, first, count) : x;
+}
+
+std::string off_by(double error) {
+  std::ostringstream text;
+  text.precision(3);
+  text << "rebuilt for trial it is off by " << error;
+  return text.str();
+}
+
+// Samples from which on the systems are in proportion to the input.
+int64_t smallest_batch(const FullConvolution& shape) {
+  const int64_t systems =
+      (shape.full[0] / 2 + 1) * shape.full[1] * shape.groups * 4 * shape.out_channels * shape.unknowns();
+  const int64_t sample = shape.groups * shape.in_channels * shape.size[0] * shape.size[1];
+  return systems <= kSmallSystems ? 1 : (systems + kMostSystems * sample - 1) / (kMostSystems * sample);
+}
+
+std::string needs_batch(int64_t samples) {
+  return "a batch of fewer than " + std::to_string(samples) + " samples is small beside its systems";
 }
 
 }  // namespace
@@ -397,12 +436,20 @@ KeptOfInput keep_of_input(const at::Tensor& input, const at::Tensor& weight, con
   if (input.numel() == 0) return keep_input("empty");
   if (std::string reason = hopeless(weight, shape); !reason.empty()) return keep_input(std::move(reason));
   if (is_pointwise(weight)) {
-    kept = keep_of_pointwise(input, weight, shape, least);
+    double error = 0;
+    kept = keep_of_pointwise(input, weight, bias, output, shape, least, error);
     const double share = kept.coordinates.defined() ? static_cast<double>(kept.coordinates.numel()) /
                                                           static_cast<double>(input.numel())
                                                     : 0;
-    return share > kMostKept ? keep_input("what the output does not tell is most of the input")
-                             : std::move(kept);
+    if (share > kMostKept) return keep_input("what the output does not tell is most of the input");
+    // NaN: the input has NaN or Inf, and the gradient will show it.
+    if (error > largest_error(weight.scalar_type())) return keep_input(off_by(error));
+    return kept;
+  }
+  const FullConvolution full(shape.input, weight.sizes(), shape.stride, shape.padding, shape.dilation,
+                             shape.groups);
+  if (const int64_t least_batch = smallest_batch(full); input.size(0) < least_batch) {
+    return keep_input(needs_batch(least_batch));
   }
   const Systems systems(weight, shape, !least);
   const FullConvolution& whole = systems.shape;
@@ -436,12 +483,7 @@ KeptOfInput keep_of_input(const at::Tensor& input, const at::Tensor& weight, con
     const at::Tensor rebuilt = systems.rebuild(minus_bias(output.narrow(0, 0, 1), bias),
                                                some(kept.ring, 0, 1), some(kept.coordinates, 0, 1));
     const double error = (rebuilt - x).norm().item<double>() / x.norm().item<double>();
-    if (error > largest_error(weight.scalar_type())) {
-      std::ostringstream text;
-      text.precision(3);
-      text << "a sample rebuilt for trial is off by " << error;
-      return keep_input(text.str());
-    }
+    if (error > largest_error(weight.scalar_type())) return keep_input(off_by(error));
   }
   return kept;
 }
@@ -515,8 +557,15 @@ at::Tensor conv2d_op(const at::Tensor& input, const at::Tensor& weight, const Op
 std::string inversion_op(const at::Tensor& weight, at::IntArrayRef input_size, at::IntArrayRef stride,
                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   TORCH_CHECK(input_size.size() == 2, "conv2d_inversion: input_size must be [H, W], got ", input_size);
-  TORCH_CHECK(weight.dim() == 4, "conv2d_inversion: weight must be [O, C / groups, kh, kw], got ",
-              weight.sizes());
+  TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+              "conv2d_inversion: stride, padding and dilation must be two numbers each, got ", stride, ", ",
+              padding, " and ", dilation);
+  check_geometry("conv2d_inversion", weight, stride, padding, dilation, groups);
+  for (int i = 0; i < 2; ++i) {
+    TORCH_CHECK(input_size[i] >= 0 && input_size[i] + 2 * padding[i] > dilation[i] * (weight.size(2 + i) - 1),
+                "conv2d_inversion: the kernel ", weight.sizes(), " is larger than the padded input ",
+                input_size);
+  }
   const ConvGeometry shape{{1, weight.size(1) * groups, input_size[0], input_size[1]},
                            stride.vec(),
                            padding.vec(),
@@ -524,6 +573,7 @@ std::string inversion_op(const at::Tensor& weight, at::IntArrayRef input_size, a
                            groups};
   const at::Tensor w = weight.detach();
   Decision made;
+  int64_t least_batch = 1;
   made.reason = hopeless(w, shape);
   if (made.reason.empty()) {
     if (is_pointwise(w)) {
@@ -534,12 +584,14 @@ std::string inversion_op(const at::Tensor& weight, at::IntArrayRef input_size, a
       const Systems systems(w, shape, true);
       made = decide(w, shape, 2.0 * static_cast<double>(systems.inverse.coordinates()),
                     systems.inverse.amplification(), systems.shape.ring_positions());
+      least_batch = smallest_batch(systems.shape);
     }
   }
   if (!made.reason.empty()) return "exact: " + made.reason;
   std::ostringstream text;
   text.precision(3);
   text << "invert: keeps " << made.share << " of the input, amplification " << made.amplification;
+  if (least_batch > 1) text << "; " << needs_batch(least_batch) << ", and is kept";
   return text.str();
 }
 

@@ -248,6 +248,46 @@ def test_nan_and_inf_reach_the_gradient(policy, bad, kernel):
     assert not torch.autograd.grad(y, weight, torch.ones_like(y))[0].isfinite().all()
 
 
+@pytest.mark.parametrize("options,sentence", [
+    ({"stride": 0}, "stride and dilation must be at least 1"),
+    ({"dilation": 0}, "stride and dilation must be at least 1"),
+    ({"padding": -1}, "padding at least 0"),
+    ({"groups": 0}, "groups must divide weight's 4 outputs, got 0"),
+    ({"groups": 3}, "groups must divide weight's 4 outputs, got 3"),
+    ({"dilation": 5}, "larger than the padded input"),
+])
+def test_inversion_refuses_bad_numbers(options, sentence):
+    with pytest.raises(RuntimeError, match=sentence):
+        remnant.conv2d_inversion(torch.randn(4, 2, 3, 3), (8, 8), **options)
+
+
+def test_small_batches_beside_large_systems_keep_their_input():
+    weight = torch.randn(64, 64, 3, 3)
+    said = remnant.conv2d_inversion(weight, (32, 32), 1, 1)
+    assert "invert: keeps" in said and "a batch of fewer than 39 samples" in said
+    for batch, whole in ((2, True), (39, False)):
+        x = torch.randn(batch, 64, 32, 32)
+        share = remnant.conv2d_inversion_error(x, weight, None, 1, 1)[1]
+        assert (share == 1) == whole
+
+
+def test_a_pointwise_input_that_the_bias_hides_is_kept():
+    x, weight = torch.randn(8, 16, 9, 9) * 1e-5, torch.randn(16, 16, 1, 1, requires_grad=True)
+    bias = torch.ones(16)
+    F.conv2d(x, weight, bias).square().sum().backward()
+    wanted, weight.grad = weight.grad, None
+    remnant.conv2d(x, weight, bias, policy="invert").square().sum().backward()
+    assert relative(weight.grad, wanted) < 1e-5
+
+
+def test_a_pointwise_output_that_sees_no_input():
+    x, weight = torch.randn(2, 3, 5, 1), torch.randn(2, 3, 1, 1, requires_grad=True)
+    y = remnant.conv2d(x, weight, None, (1, 2), (0, 1), policy="invert")
+    assert torch.equal(y, F.conv2d(x, weight, None, (1, 2), (0, 1)))
+    y.sum().backward()
+    assert weight.grad.eq(0).all()
+
+
 def test_second_backward_equals_the_first():
     x, weight, bias = make(6, 6, (3, 3), size=(20, 20))
     y = remnant.conv2d(x, weight, bias, 1, 1, policy="invert")
