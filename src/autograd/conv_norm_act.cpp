@@ -44,6 +44,8 @@ using OptionalGenerator = std::optional<at::Generator>;
 // The sum is rounded to one part in 2^24 (2^53, 2^9, 2^12), so x^ is off by that times what stands beside
 // norm_weight x^ in it, over norm_weight: norm_bias as it is, the residual by its root mean square.
 constexpr double kMostBias = 16, kMostBiasOfHalf = 1;
+// Deviations up to which codes of x^ are shifted so that the activation's kink is at 0.
+constexpr double kNearKink = 4;
 constexpr double kMostResidual = 64, kMostResidualOfHalf = 2;
 constexpr int64_t kSampleStride = 7;
 constexpr double kLeastWeight = 0x1p-64, kMostWeight = 0x1p64;
@@ -218,6 +220,23 @@ std::vector<int64_t> hidden_channels(const at::Tensor& weight, const at::Tensor&
   return hidden;
 }
 
+// Whether x^ crosses 0 = x^ + kink in one of the channels `far`. Codes of x^ + kink would have the kink
+// exact, but groups of channels-last memory share their steps: so far a shift would spoil the neighbours.
+bool reaches_kink(const at::Tensor& z, const at::Tensor& mean, const at::Tensor& rstd, const at::Tensor& kink,
+                  const at::Tensor& far) {
+  const at::Tensor list = far.nonzero().flatten();
+  if (list.numel() == 0 || z.numel() == 0) return false;
+  std::vector<int64_t> shape(static_cast<size_t>(z.dim()), 1);
+  shape[0] = rstd.size(0);
+  shape[1] = list.numel();
+  const auto chosen = [&](const at::Tensor& x) { return x.index_select(1, list).view(shape); };
+  const at::Tensor normal = (z.index_select(1, list) - chosen(mean)) * chosen(rstd);
+  shape[0] = 1;
+  const at::Tensor at_kink = normal + kink.index_select(0, list).view(shape);
+  const at::Tensor planes = at_kink.transpose(0, 1).flatten(1);
+  return planes.amin(1).lt(0).logical_and_(planes.amax(1).gt(0)).any().item<bool>();
+}
+
 at::Tensor index_of(const std::vector<int64_t>& list, const at::Tensor& like) {
   return at::tensor(list, like.options().dtype(at::kLong));
 }
@@ -350,6 +369,7 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
     kept.bits = bits;
     const at::Tensor residual = call.residual.defined() ? ops::in_order_of(call.residual, z) : at::Tensor();
     at::Tensor scale, shift, own, xslope, xstart, rstd;
+    bool apart = false;  // codes of x^ and of the sum, as beside a residual
     if (normed) {
       statistics = statistics_of(call, z);
       const auto options = z.options().dtype(at::kDouble);
@@ -389,17 +409,20 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
         xslope = at::ones({z.size(1)}, options);
         xstart = at::zeros({z.size(1)}, options);
         if (active && !residual.defined() && !again) {
+          const at::Tensor steep = own.abs().ge(kLeastWeight);
+          const at::Tensor near = bias.abs().le(own.abs() * kNearKink).logical_and(steep);
+          apart = reaches_kink(z, statistics.mean, rstd, bias / own, steep.logical_and(near.logical_not()));
           // The kink at u = 0 in every channel where x^ comes near it; -0 keeps the sign of a -0.
-          const at::Tensor near =
-              bias.abs().le(own.abs() * kMostBias).logical_and(own.abs().ge(kLeastWeight));
           const at::Tensor zero = at::zeros({}, options);
-          const at::Tensor kink = at::where(near, bias / own, zero);
-          shift = shift + kink;
-          xstart = -kink;
-          const double least = std::numeric_limits<float>::min();
-          kept.offset = at::where(near, at::full_like(bias, -0.0),
-                                  at::where(bias.eq(0), at::full_like(bias, -least), bias));
-          kept.normal_kinked = true;
+          if (!apart) {
+            const at::Tensor kink = at::where(near, bias / own, zero);
+            shift = shift + kink;
+            xstart = -kink;
+            const double least = std::numeric_limits<float>::min();
+            kept.offset = at::where(near, at::full_like(bias, -0.0),
+                                    at::where(bias.eq(0), at::full_like(bias, -least), bias));
+            kept.normal_kinked = true;
+          }
         }
         const auto wide = ops::accumulation_type(z.scalar_type());
         kept.factor = kept.factor.to(wide).contiguous();
@@ -409,7 +432,7 @@ struct UnitFunction : torch::autograd::Function<UnitFunction> {
     at::Tensor normal_seed, sum_seed;
     bool keep_sum = false;
     if (bits > 0) {
-      const bool alone = !residual.defined() && want_normal;
+      const bool alone = !residual.defined() && want_normal && !apart;
       // Drawn whether used or not, as ops::skip_seeds says.
       const at::Tensor first = ops::draw_seed(z, call.generator), second = ops::draw_seed(z, call.generator);
       if (want_normal) normal_seed = first;

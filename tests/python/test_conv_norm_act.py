@@ -537,6 +537,50 @@ def test_weight_gradients_are_unbiased(with_residual, activation, bits):
     assert errors.mean(0)[~noisy].abs().max() < 1e-6 if (~noisy).any() else True
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("far", [8.0, -8.0, 15.9])
+def test_a_far_kink_does_not_spoil_the_neighbours(layout, far):
+    """One channel's beta / gamma far beyond any x^: the others' noise stays as it was."""
+    channels, draws = 16, 12
+    torch.manual_seed(0)
+    x = torch.randn(8, channels, 12, 12).contiguous(memory_format=layout).requires_grad_()
+    identity = torch.eye(channels).view(channels, channels, 1, 1)
+    after = (torch.randn(channels, channels, 3, 3) / 12).requires_grad_()
+
+    def noise(ratio):
+        gamma, beta = torch.ones(channels), torch.zeros(channels)
+        beta[0] = ratio
+
+        def gradient(memory):
+            y = remnant.conv_norm_act(x, identity, norm_weight=gamma, norm_bias=beta, memory=memory)
+            y = remnant.conv_norm_act(y, after, norm="none", activation="identity", padding=1, memory=memory)
+            g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+            return torch.autograd.grad((y * g).sum(), after)[0][:, 1:]
+
+        wanted = gradient("eager")
+        found = [gradient("unbiased:bits=4") for _ in range(draws)]
+        return float(sum((each - wanted).square().sum() for each in found) / draws / wanted.square().sum())
+
+    assert noise(far) < 2.5 * noise(0.0)
+
+
+def test_a_far_kink_that_is_reached_masks_without_bias():
+    """x^ of a sparse channel reaches far: its mask is exact, beta's gradient with it."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 32, 32)
+    x[:, 0] = 0
+    x[0, 0, 0, 0], x[1, 0, 0, 0], x[2, 0, 0, :3] = 10, 9, 3
+    x.requires_grad_()
+    weight = torch.eye(2).view(2, 2, 1, 1)
+    gamma, beta = torch.ones(2, requires_grad=True), torch.tensor([-20.0, 0.0], requires_grad=True)
+    assert 0 < int((remnant.conv_norm_act(x, weight, norm_weight=gamma, norm_bias=beta, memory="eager")[:, 0] > 0).sum()) < 5
+    wanted = torch.autograd.grad(
+        remnant.conv_norm_act(x, weight, norm_weight=gamma, norm_bias=beta, memory="eager").sum(), beta)[0]
+    for _ in range(20):
+        y = remnant.conv_norm_act(x, weight, norm_weight=gamma, norm_bias=beta, memory="unbiased:bits=4")
+        assert torch.equal(torch.autograd.grad(y.sum(), beta)[0], wanted)
+
+
 @pytest.mark.parametrize("bits,allowed", [(8, 1e-4), (4, 5e-3), (2, 5e-2)])
 def test_the_norms_bias_is_of_second_order(bits, allowed):
     x, w = leaf(4, 3, 8, 8), leaf(6, 3, 3, 3)
