@@ -39,6 +39,9 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     const bool of_logits = needs[0] && grad_input.sym_size(1) != input.sym_size(1);
     ctx->save_for_backward({grad_input, grad_weight, grad_bias, of_logits ? weight : at::Tensor()});
     ctx->saved_data["needs"] = std::vector<bool>(needs.begin(), needs.end());
+    // What is held of float16 is wide, since a scale comes with the backward only.
+    ctx->saved_data["input_type"] = static_cast<int64_t>(input.scalar_type());
+    ctx->saved_data["weight_type"] = static_cast<int64_t>(weight.scalar_type());
     ctx->set_materialize_grads(false);  // no zeros in the residuals' shapes
     ctx->mark_non_differentiable({grad_input, grad_weight, grad_bias});
     return {loss, grad_input, grad_weight, grad_bias};
@@ -54,9 +57,11 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     const variable_list saved = ctx->get_saved_variables();
     for (size_t i = 0; i < 3; ++i) {
       if (!needs[i]) continue;
-      result[i] = i == 0 && saved[3].defined()
-                      ? at::mm(saved[0], saved[3].to(saved[0].scalar_type())).mul_(grads[0])
-                      : saved[i].mul(grads[0]);
+      const at::Tensor grad = i == 0 && saved[3].defined()
+                                  ? at::mm(saved[0], saved[3].to(saved[0].scalar_type())).mul_(grads[0])
+                                  : saved[i].mul(grads[0]);
+      const auto type = ctx->saved_data[i == 0 ? "input_type" : "weight_type"].toInt();
+      result[i] = grad.to(static_cast<at::ScalarType>(type));
     }
     return result;
   }

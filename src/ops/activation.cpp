@@ -360,7 +360,7 @@ at::Tensor silu_op(const at::Tensor& input, c10::string_view policy) {
 }  // namespace
 
 at::Tensor activation_derivative(const at::Tensor& input, ActivationKind kind) {
-  const at::Tensor one = at::ones({1}, input.options()).expand_symint(input.sym_sizes());
+  const at::Tensor one = at::ones({}, input.options()).expand_symint(input.sym_sizes());
   return kind == ActivationKind::silu ? at::silu_backward(one, input)
                                       : at::gelu_backward(one, input, form(kind));
 }

@@ -61,8 +61,6 @@ int64_t block_rows(const at::Tensor& weight1) {
          kernels::kCodeGroup * kernels::kCodeGroup;
 }
 
-at::Tensor as_rows(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); }
-
 Forward forward(const at::Tensor& input, const at::Tensor& weight1, const std::optional<at::Tensor>& bias1,
                 const at::Tensor& weight2, const std::optional<at::Tensor>& bias2,
                 c10::string_view activation, double dropout, const std::optional<at::Generator>& generator) {

@@ -43,10 +43,10 @@ at::Tensor coded_forward(const at::Tensor& input, const at::Tensor& weight, cons
                          int64_t bits, const std::optional<at::Generator>& generator) {
   check(input, weight, bias);
   const at::Tensor x = input.to(weight.scalar_type());
-  if (!uses_panels(x)) return at::linear(x, weight, bias);
+  if (!uses_panels(x) || x.numel() == 0) return at::linear(x, weight, bias);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  return product(x.reshape({-1, weight.size(1)}), weight.t(), bias).view(shape);
+  return product(as_rows(x), weight.t(), bias).view(shape);
 }
 
 at::Tensor coded_forward_meta(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
@@ -65,7 +65,7 @@ Gradients coded_backward(const at::Tensor& grad_output, const OptionalTensor& co
                          int64_t bits, std::array<bool, 3> needs) {
   const auto type = grad_output.scalar_type();
   const int64_t outputs = grad_output.size(-1);
-  const at::Tensor g = grad_output.reshape({-1, outputs});
+  const at::Tensor g = as_rows(grad_output);
   const int64_t rows = g.size(0);
   const auto none = [&] { return at::empty({0}, g.options()); };
   at::Tensor grad_input = none(), grad_weight = none(), grad_bias = none();
@@ -83,8 +83,9 @@ Gradients coded_backward(const at::Tensor& grad_output, const OptionalTensor& co
     TORCH_CHECK(
         codes.has_value() && table.has_value() && codes->numel() == kernels::code_bytes(rows * columns, bits),
         "linear_coded_backward: codes must hold ", rows, " rows of ", columns, " columns at ", bits, " bits");
-    const int64_t chunk = std::max<int64_t>(
-        kernels::kCodeGroup, kChunkElements / columns / kernels::kCodeGroup * kernels::kCodeGroup);
+    const int64_t chunk =
+        std::max<int64_t>(kernels::kCodeGroup, kChunkElements / std::max<int64_t>(1, columns) /
+                                                   kernels::kCodeGroup * kernels::kCodeGroup);
     if (rows <= chunk) {
       at::Tensor x = at::empty({rows, columns}, g.options());
       decode_into({*codes, *table}, bits, rows * columns, 0, x);

@@ -108,6 +108,9 @@ void each_chunk(const at::Tensor& x, const at::Tensor& w, const at::Tensor& b, U
   }
 }
 
+// Of what is held until backward, which brings the scale of a loss: float16 has no room for a token's share.
+at::ScalarType held_type(at::ScalarType type) { return type == at::kHalf ? at::kFloat : type; }
+
 // Where there are fewer classes than features the logits' gradient is the smaller one to hold until backward,
 // which then makes input's of it.
 bool keeps_logits(const at::Tensor& x, const at::Tensor& w) { return w.sym_size(0) < x.sym_size(1); }
@@ -170,13 +173,14 @@ Result forward(const at::Tensor& input, const at::Tensor& weight, const std::opt
   });
   if (reduction == at::Reduction::Mean) {
     const at::Tensor count = valid.sum();
-    loss.div_(count);  // no target at all: NaN, as in torch
+    loss.div_(count);  // no target at all: NaN, and gradients of 0, as in torch
+    const at::Tensor share = count.clamp_min(1);
     for (at::Tensor* grad : {&grads.input, &grads.weight, &grads.bias}) {
-      if (grad->numel() > 0) grad->div_(count);
+      if (grad->numel() > 0) grad->div_(share);
     }
   }
-  return {loss, grads.input.to(input.scalar_type()), grads.weight.to(weight.scalar_type()),
-          grads.bias.to(weight.scalar_type())};
+  return {loss, grads.input.to(held_type(input.scalar_type())),
+          grads.weight.to(held_type(weight.scalar_type())), grads.bias.to(held_type(weight.scalar_type()))};
 }
 
 using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
@@ -219,18 +223,18 @@ Result forward_meta(const at::Tensor& input, const at::Tensor& weight, const std
                     const at::Tensor& target, int64_t ignore_index, double label_smoothing, int64_t reduction,
                     std::array<bool, 3> needs) {
   check(input, weight, bias, target, label_smoothing, reduction);
-  const at::Tensor none = at::empty({0}, input.options());
   const bool each = reduction == at::Reduction::None;
   if (each) needs = {};
   const auto wide = input.options().dtype(accumulation_type(input.scalar_type()));
-  return {
-      each ? at::empty_symint({input.sym_size(0)}, wide) : at::empty({}, wide),
-      needs[0] ? at::empty_symint({input.sym_size(0),
-                                   keeps_logits(input, weight) ? weight.sym_size(0) : input.sym_size(1)},
-                                  input.options())
-               : none,
-      needs[1] ? at::empty_symint(weight.sym_sizes(), weight.options()) : at::empty({0}, weight.options()),
-      needs[2] ? at::empty_symint({weight.sym_size(0)}, weight.options()) : at::empty({0}, weight.options())};
+  const auto of_input = input.options().dtype(held_type(input.scalar_type()));
+  const auto of_weight = weight.options().dtype(held_type(weight.scalar_type()));
+  const auto made = [](bool wanted, c10::SymIntArrayRef size, const at::TensorOptions& options) {
+    return wanted ? at::empty_symint(size, options) : at::empty({0}, options);
+  };
+  const c10::SymInt columns = keeps_logits(input, weight) ? weight.sym_size(0) : input.sym_size(1);
+  return {each ? at::empty_symint({input.sym_size(0)}, wide) : at::empty({}, wide),
+          made(needs[0], {input.sym_size(0), columns}, of_input),
+          made(needs[1], weight.sym_sizes(), of_weight), made(needs[2], {weight.sym_size(0)}, of_weight)};
 }
 
 at::Tensor linear_cross_entropy_op(const at::Tensor& input, const at::Tensor& weight,

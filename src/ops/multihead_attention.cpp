@@ -118,7 +118,7 @@ Range rows_of(const Block& block, int64_t part, Range heads) {
 std::vector<at::Tensor> project(const Block& block, const at::Tensor& x, int64_t part, int64_t parts,
                                 Range heads) {
   const int64_t head_dim = x.size(2) / block.heads;
-  const at::Tensor rows = x.reshape({-1, x.size(2)});
+  const at::Tensor rows = as_rows(x);
   const auto projected = [&](Range of) {
     const at::Tensor weight = block.in_weight.narrow(0, of.first, of.count).t();
     if (!block.in_bias.has_value()) return product(rows, weight);
@@ -198,7 +198,8 @@ Forward forward(const at::Tensor& query, const std::optional<at::Tensor>& memory
     const Range sequences{first, std::min(step, batch - first)};
     const at::Tensor x = query.narrow(0, first, sequences.count);
     const std::optional<at::Tensor> m = group_of(memory, first, sequences.count);
-    at::Tensor out = output.narrow(0, first, sequences.count).view({sequences.count * length, -1});
+    at::Tensor out =
+        output.narrow(0, first, sequences.count).view({sequences.count * length, output.size(2)});
     for (int64_t head = 0; head < heads; head += wide_heads, ++part) {
       const Range some{head, std::min(wide_heads, heads - head)};
       const std::vector<at::Tensor> qkv = project(block, x, m, some);

@@ -27,6 +27,12 @@ int64_t parse_bits(const char* op, c10::string_view policy, std::string_view nam
   TORCH_CHECK(false, op, ": unknown policy '", policy, "'; expected one of ", forms);
 }
 
+at::Tensor as_rows(const at::Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return x.reshape({rows, x.size(-1)});
+}
+
 void add_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b) {
   if (sum.scalar_type() == a.scalar_type()) {
     product_add(std::move(sum), a.t(), b);

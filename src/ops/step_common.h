@@ -18,6 +18,9 @@ void check_floating(const char* op, const char* name, const at::Tensor& x);
 /// Reads `exact` (0) or `NAME:bits=B` with B among `allowed`; throws one sentence for anything else.
 int64_t parse_bits(const char* op, c10::string_view policy, std::string_view name, at::IntArrayRef allowed);
 
+/// [..., columns] as [rows, columns], also where there are no columns.
+at::Tensor as_rows(const at::Tensor& x);
+
 /// sum += a^T b, in sum's dtype.
 void add_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b);
 

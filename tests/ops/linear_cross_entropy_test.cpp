@@ -89,6 +89,42 @@ TEST(LinearCrossEntropy, EmptyAndIgnored) {
             0.0f);
 }
 
+// The loss is NaN, as torch's, and one batch of padding alone leaves the parameters alone.
+TEST(LinearCrossEntropy, NoTargetGivesGradientsOfZero) {
+  for (const int64_t rows : {0, 2}) {
+    for (const int64_t classes : {2, 5}) {
+      const at::Tensor x = at::randn({rows, 3}).requires_grad_(),
+                       w = at::randn({classes, 3}).requires_grad_(),
+                       b = at::randn({classes}).requires_grad_();
+      const at::Tensor loss = linear_cross_entropy(x, w, b, at::ones({rows}, at::kLong) * -100);
+      EXPECT_TRUE(std::isnan(loss.item<float>()));
+      loss.backward();
+      for (const at::Tensor& each : {x, w, b}) EXPECT_TRUE(each.grad().eq(0).all().item<bool>());
+    }
+  }
+}
+
+// A GradScaler's factor comes with the backward: what is held until then must not have lost the small
+// numbers.
+TEST(LinearCrossEntropy, HalfPrecisionKeepsWhatAScaleWillRaise) {
+  constexpr int64_t rows = 512, columns = 32, scale = 65536;
+  for (const int64_t classes : {16, 64}) {
+    const at::Tensor x = at::randn({rows, columns}), w = at::randn({classes, columns}) * 2;
+    const at::Tensor target = x.to(at::kHalf).to(at::kFloat).mm(w.to(at::kHalf).to(at::kFloat).t()).argmax(1);
+    const auto gradients = [&](at::ScalarType type) {
+      const at::Tensor leaf = x.to(at::kHalf).to(type).requires_grad_(),
+                       weight = w.to(at::kHalf).to(type).requires_grad_();
+      (linear_cross_entropy(leaf, weight, std::nullopt, target) * scale).backward();
+      EXPECT_EQ(leaf.grad().scalar_type(), type);
+      EXPECT_EQ(weight.grad().scalar_type(), type);
+      return leaf.grad().to(at::kDouble);
+    };
+    const at::Tensor wanted = gradients(at::kDouble), found = gradients(at::kHalf);
+    EXPECT_LT((found - wanted).norm().item<double>(), 2e-3 * wanted.norm().item<double>());
+    EXPECT_LT(found.eq(0).sum().item<int64_t>(), rows * columns / 20);
+  }
+}
+
 TEST(LinearCrossEntropy, AnIgnoredRowHasNoGradientWhateverArrives) {
   const at::Tensor x = at::randn({2, 3}).requires_grad_(), w = at::randn({5, 3});
   const at::Tensor target = at::ones({2}, at::kLong);

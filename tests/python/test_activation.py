@@ -180,6 +180,16 @@ def test_shapes_and_strides():
         assert torch.autograd.grad(remnant.gelu(empty, policy=policy).sum(), empty)[0].shape == (0, 4)
 
 
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_numbers_without_dimensions(name):
+    x = torch.tensor(0.7, requires_grad=True)
+    y = getattr(remnant, name)(x, policy="quantized:bits=4")
+    y.backward()
+    wanted = getattr(torch.nn.functional, name)(x)
+    assert y.shape == () and torch.allclose(y, wanted)
+    assert torch.allclose(x.grad, torch.autograd.grad(wanted, x)[0], atol=0.1)
+
+
 def test_threads_do_not_matter():
     before = torch.get_num_threads()
     x = torch.randn(100003, requires_grad=True)

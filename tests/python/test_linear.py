@@ -271,6 +271,17 @@ def test_sharing_among_threads():
     assert not failures
 
 
+@pytest.mark.parametrize("policy", ["exact", "quantized:bits=4"])
+@pytest.mark.parametrize("rows,inputs,outputs", [(3, 0, 4), (3, 4, 0), (0, 4, 3), (0, 0, 0)])
+def test_sizes_of_zero(rows, inputs, outputs, policy):
+    x, w = torch.randn(rows, inputs, requires_grad=True), torch.randn(outputs, inputs, requires_grad=True)
+    b = torch.randn(outputs, requires_grad=True)
+    y = remnant.linear(x, w, b, policy=policy)
+    assert torch.equal(y, torch.nn.functional.linear(x, w, b))
+    y.sum().backward()
+    assert x.grad.shape == x.shape and w.grad.eq(0).all() and b.grad.eq(rows).all()
+
+
 def test_nothing_is_kept_that_no_gradient_needs():
     x, weight, bias = make(torch.float32)
     _, found = kept_storages(lambda: remnant.linear(x, weight.detach(), bias, policy="quantized:bits=4"))
