@@ -266,8 +266,12 @@ BackwardResult exact_backward(const BackwardInputs& inputs, const AttentionCall&
     }
     dz.mul_(precise(call.scale));
     if (inputs.needs[0]) grad_query = at::matmul(dz, repeat_heads(inputs.key, heads));
-    if (inputs.needs[1])
-      grad_key = sum_heads(at::matmul(dz.transpose(-2, -1), inputs.query), inputs.kv_heads);
+    if (inputs.needs[1]) {
+      // As autograd multiplies for key's transpose: in some libraries the order of factors decides the last
+      // bit.
+      const at::Tensor transposed = at::matmul(inputs.query.transpose(-2, -1), dz);
+      grad_key = sum_heads(transposed.transpose(-2, -1).contiguous(), inputs.kv_heads);
+    }
   }
   if (inputs.needs[2]) {
     at::Tensor dropped = p;
