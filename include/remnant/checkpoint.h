@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -51,13 +52,28 @@ struct Unpack<std::tuple<Ts...>> {
   }
 };
 
-// The argument itself, or for a tensor the next of those that the graph hands over.
+// Whether an argument is a tensor, or a vector, optional or tuple with tensors in it.
 template <typename T>
-decltype(auto) next_argument(T& argument, const std::vector<at::Tensor>& tensors, size_t& next) {
-  if constexpr (is_tensor<T>) {
-    return static_cast<const at::Tensor&>(tensors[next++]);
+struct HoldsTensors : std::is_same<T, at::Tensor> {};
+template <typename T>
+struct HoldsTensors<std::vector<T>> : HoldsTensors<T> {};
+template <typename T>
+struct HoldsTensors<std::optional<T>> : HoldsTensors<T> {};
+template <typename... Ts>
+struct HoldsTensors<std::tuple<Ts...>> : std::disjunction<HoldsTensors<Ts>...> {};
+
+template <typename T, typename Visit>
+void each_tensor(T& argument, const Visit& visit) {
+  if constexpr (std::is_same_v<T, at::Tensor>) {
+    visit(argument);
+  } else if constexpr (!HoldsTensors<T>::value) {
+    return;
+  } else if constexpr (requires { argument.has_value(); }) {
+    if (argument) each_tensor(*argument, visit);
+  } else if constexpr (requires { argument.begin(); }) {
+    for (auto& each : argument) each_tensor(each, visit);
   } else {
-    return static_cast<T&>(argument);
+    std::apply([&](auto&... each) { (each_tensor(each, visit), ...); }, argument);
   }
 }
 
@@ -65,44 +81,39 @@ decltype(auto) next_argument(T& argument, const std::vector<at::Tensor>& tensors
 
 /// function(arguments...) whose inner activations are not kept: the backward runs it once more.
 ///
-/// Arguments are passed by value: tensors (undefined ones too) and anything else that can be copied; the
-/// result is a tensor, a std::vector or a std::tuple of tensors. Gradients flow to tensor arguments and to
-/// whatever parameters the function captures. The second run sees the random state (default generators of the
-/// CPU and of the devices of the arguments) and the CPU autocast state of the first, so that dropout drops
-/// the same; the states of afterwards are put back. Checkpoints nest.
+/// Arguments are passed by value: tensors (undefined ones too), a std::vector, std::optional or std::tuple of
+/// them, and anything else that can be copied; each run gets its own copy of the function and of what is no
+/// tensor. The result is a tensor, a std::vector or a std::tuple of tensors, undefined ones too. Gradients
+/// flow to tensor arguments and to whatever parameters the function captures. The second run sees the random
+/// state (default generators of the CPU and of the devices of the arguments) and the autocast state (of the
+/// same) of the first, so that dropout drops the same; the states of afterwards are put back. Checkpoints
+/// nest.
 ///
 /// Saves for backward: the tensor arguments, and a random state (5 kB for the CPU, some bytes for a device).
 /// Nothing without grad mode; with it, results need a gradient whether or not anything does that they come
-/// from.
+/// from. An argument or a captured tensor that the function returns, or a view of one, comes back as a view
+/// that raises an error when it is changed in place.
 ///
 /// Captured parameters get theirs in `.grad`, as `backward()` does: torch::autograd::grad() does not see
-/// them, so pass those it is asked for as arguments. The function must not depend on anything else that
-/// changes between forward and backward. Double backward raises an error.
+/// them, so pass those it is asked for as arguments. A captured tensor that was itself computed from what
+/// needs a gradient raises an error in the backward: pass it as an argument. The function must not depend on
+/// anything else that changes between forward and backward. What it changes, it changes in both runs: the
+/// running statistics of a BatchNorm move twice a step, as under torch.utils.checkpoint. Double backward
+/// raises an error.
 template <typename Function, typename... Arguments>
 auto checkpoint(Function function, Arguments... arguments) {
   using Result = std::decay_t<std::invoke_result_t<Function&, Arguments&...>>;
-  std::vector<at::Tensor> inputs;
-  (
-      [&] {
-        if constexpr (detail::is_tensor<Arguments>) inputs.push_back(arguments);
-      }(),
-      ...);
+  std::tuple<Arguments...> all{std::move(arguments)...};
   // Tensors travel through the graph alone: a copy in the closure would keep them twice over.
-  const auto let_go = [](auto& argument) {
-    if constexpr (detail::is_tensor<decltype(argument)>) argument = at::Tensor();
-  };
-  (let_go(arguments), ...);
-  auto run = [function = std::move(function), others = std::make_tuple(std::move(arguments)...)](
-                 const std::vector<at::Tensor>& tensors) mutable {
-    return std::apply(
-        [&](auto&... each) {
-          size_t next = 0;
-          // Braces evaluate from left to right.
-          std::tuple<decltype(detail::next_argument(each, tensors, next))...> all{
-              detail::next_argument(each, tensors, next)...};
-          return detail::pack(std::apply(function, all));
-        },
-        others);
+  std::vector<at::Tensor> inputs;
+  detail::each_tensor(all, [&](at::Tensor& x) { inputs.push_back(std::exchange(x, at::Tensor())); });
+  auto run = [function = std::move(function), all = std::move(all)](const std::vector<at::Tensor>& tensors) {
+    // Copies, since the other run must not see what this one changes in them.
+    auto own_function = function;
+    auto own = all;
+    size_t next = 0;
+    detail::each_tensor(own, [&](at::Tensor& x) { x = tensors[next++]; });
+    return detail::pack(std::apply(own_function, own));
   };
   return detail::Unpack<Result>::from(detail::checkpoint(std::move(run), std::move(inputs)));
 }

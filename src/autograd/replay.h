@@ -67,10 +67,13 @@ class RandomState {
   std::vector<at::Tensor> before_;
 };
 
-/// Autocast as it was in the forward, until the end of the scope.
+/// Autocast as it was in the forward, until the end of the scope. Cached casts of weights stay on their side:
+/// those from before lead into another graph, and those made in the scope would outlive an optimizer's step.
 class AutocastState {
  public:
   explicit AutocastState(const std::vector<AutocastOf>& states) {
+    at::autocast::clear_cache();
+    at::autocast::increment_nesting();
     for (const AutocastOf& state : states) {
       before_.push_back(AutocastOf::now(state.device));
       state.set();
@@ -78,9 +81,16 @@ class AutocastState {
   }
   ~AutocastState() {
     for (const AutocastOf& state : before_) state.set();
+    if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
   }
   AutocastState(const AutocastState&) = delete;
   AutocastState& operator=(const AutocastState&) = delete;
+
+  /// The same devices without autocast.
+  static std::vector<AutocastOf> off(std::vector<AutocastOf> states) {
+    for (AutocastOf& state : states) state.enabled = false;
+    return states;
+  }
 
  private:
   std::vector<AutocastOf> before_;
