@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -35,6 +36,11 @@ KeptOfLayer unpack(const variable_list& list, size_t from) {
           list[from + 5], list[from + 6], list[from + 7], list[from + 8], list[from + 9]};
 }
 
+// Products in half precision leave nothing to rebuild an input from, in the plan and in the backward alike.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
 variable_list part(const variable_list& list, size_t from, size_t count) {
   return {list.begin() + static_cast<int64_t>(from), list.begin() + static_cast<int64_t>(from + count)};
 }
@@ -47,7 +53,7 @@ struct ReversibleChainFunction : torch::autograd::Function<ReversibleChainFuncti
     const at::AutoDispatchBelowADInplaceOrView below;
     ChainKept kept;
     const at::Tensor output = ops::chain_forward(input, *tensors, *options, &kept);
-    variable_list saved{input, output, *errors};
+    variable_list saved{input, output, *errors, kept.probes};
     for (const at::Tensor& each : parameters) saved.push_back(each);
     for (const KeptOfLayer& layer : kept.layers) pack(saved, layer);
     ctx->save_for_backward(std::move(saved));
@@ -65,6 +71,7 @@ struct ReversibleChainFunction : torch::autograd::Function<ReversibleChainFuncti
     TORCH_CHECK(
         !at::GradMode::is_enabled(),
         "reversible_chain has no gradient of its gradient; use the layers by themselves where you need one");
+    const NoAutocast no_autocast;
     const variable_list saved = ctx->get_saved_variables();
     const auto layers = static_cast<size_t>(ctx->saved_data["layers"].toInt());
     ChainOptions options;
@@ -72,10 +79,11 @@ struct ReversibleChainFunction : torch::autograd::Function<ReversibleChainFuncti
     options.slope = ctx->saved_data["slope"].toDouble();
     options.eps = ctx->saved_data["eps"].toDouble();
     const ChainTensors tensors{
-        part(saved, 3, layers), part(saved, 3 + layers, layers), part(saved, 3 + 2 * layers, layers), {}, {}};
+        part(saved, 4, layers), part(saved, 4 + layers, layers), part(saved, 4 + 2 * layers, layers), {}, {}};
     ChainKept kept;
+    kept.probes = saved[3];
     for (size_t i = 0; i < layers; ++i) {
-      kept.layers.push_back(unpack(saved, 3 + 3 * layers + i * kTensorsOfLayer));
+      kept.layers.push_back(unpack(saved, 4 + 3 * layers + i * kTensorsOfLayer));
     }
     const auto made = ops::chain_backward(grads[0], saved[0], saved[1], tensors, options, kept,
                                           ctx->saved_data["needs_input"].toBool(), saved[2]);
@@ -103,6 +111,7 @@ at::Tensor chain(const at::Tensor& input, at::TensorList weights, at::TensorList
                  at::TensorList shifts, at::TensorList means, at::TensorList vars, double momentum,
                  double eps, double slope, c10::string_view activation, at::IntArrayRef anchors,
                  at::IntArrayRef residues, const std::optional<at::Tensor>& errors) {
+  const NoAutocast no_autocast;
   const ChainTensors tensors = make_tensors(weights, scales, shifts, means, vars);
   const ChainOptions options{parse(activation), slope, eps, momentum, anchors.vec(), residues.vec()};
   ops::check_chain(input, tensors, options);
@@ -130,6 +139,7 @@ std::tuple<std::vector<int64_t>, std::vector<int64_t>> plan(const at::Tensor& sa
                                                             double eps, double slope,
                                                             c10::string_view activation, double limit) {
   const at::NoGradGuard no_grad;
+  const NoAutocast no_autocast;
   ChainOptions options;
   options.activation = parse(activation);
   options.slope = slope;

@@ -13,6 +13,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <ostream>
@@ -67,6 +68,11 @@ ReversibleChainImpl::ReversibleChainImpl(const ReversibleChainOptions& options_i
   TORCH_CHECK(options.activation == "leaky" || options.activation == "maxmin",
               "remnant::nn::ReversibleChain: activation should be 'leaky' or 'maxmin', got '",
               options.activation, "'");
+  TORCH_CHECK(options.activation != "maxmin" || options.channels % 2 == 0,
+              "remnant::nn::ReversibleChain: maxmin takes channels in pairs, got ", options.channels);
+  TORCH_CHECK(options.limit > 0 && options.plan_every > 0,
+              "remnant::nn::ReversibleChain: limit and plan_every should be above 0, got ", options.limit,
+              " and ", options.plan_every);
   ReversibleChainImpl::reset();
 }
 
@@ -81,6 +87,13 @@ void ReversibleChainImpl::reset() {
 }
 
 void ReversibleChainImpl::set_plan(std::vector<int64_t> anchors, std::vector<int64_t> residues) {
+  for (const auto* list : {&anchors, &residues}) {
+    for (const int64_t layer : *list) {
+      TORCH_CHECK(layer >= 0 && layer < options.layers,
+                  "remnant::nn::ReversibleChain: a plan's layers should be from 0 to ", options.layers - 1,
+                  ", got ", layer);
+    }
+  }
   anchors_ = std::move(anchors);
   residues_ = std::move(residues);
   fixed_ = true;
@@ -104,6 +117,12 @@ void ReversibleChainImpl::set_plan_state(const Tensor& state) {
               state.sizes());
   const Tensor values = state.detach().to(at::kCPU, at::kDouble).contiguous();
   const auto* in = values.const_data_ptr<double>();
+  const auto is_flag = [](double x) { return x == 0 || x == 1; };
+  TORCH_CHECK(
+      in[0] >= -1 && in[0] < 0x1p53 && in[0] == std::floor(in[0]) &&
+          std::all_of(in + 1, in + 1 + 2 * options.layers, is_flag),
+      "remnant::nn::ReversibleChain: the state of its plan should be a count of forwards, flags of 0 and 1, "
+      "and errors; got other numbers: give it what plan_state() returned");
   since_plan_ = static_cast<int64_t>(*in++);
   anchors_.clear();
   residues_.clear();
@@ -133,7 +152,8 @@ void ReversibleChainImpl::plan(const Tensor& input) {
 
 Tensor ReversibleChainImpl::forward(const Tensor& input) {
   const memory::LayerScope scope(this);
-  if (!is_training()) {
+  const auto by_batch = [](const ReversibleLayer& layer) { return layer->norm->is_training(); };
+  if (!is_training() || !std::all_of(layers_.begin(), layers_.end(), by_batch)) {
     Tensor x = input;
     for (ReversibleLayer& layer : layers_) x = layer->forward(x);
     return x;

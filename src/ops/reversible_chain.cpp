@@ -182,15 +182,14 @@ at::Tensor rebuild(const at::Tensor& y, const at::Tensor& ring, const Geometry& 
     const int64_t count = std::min(at_once, y.size(0) - first);
     const at::Tensor part =
         inverse.solve(shape.join(y.narrow(0, first, count), ring.narrow(0, first, count)), at::Tensor());
-    x.narrow(0, first, count).copy_(part.narrow(2, 0, shape.phases[1]).permute({0, 3, 1, 2}));
+    x.narrow(0, first, count).copy_(part.permute({0, 3, 1, 2}));
   }
   return x;
 }
 
-// The layer as the forward ran it, by the forward's statistics.
-at::Tensor again(const at::Tensor& x, const ChainTensors& tensors, size_t layer, const KeptOfLayer& kept,
-                 const Geometry& geometry, const ChainOptions& options) {
-  at::Tensor y = convolve(x, tensors.weights[layer], geometry);
+// The layer's output from its convolution's, by the forward's statistics.
+at::Tensor after_norm(at::Tensor y, const ChainTensors& tensors, size_t layer, const KeptOfLayer& kept,
+                      const ChainOptions& options) {
   const at::Tensor width = tensors.scales[layer] * kept.deviation;
   y.sub_(kept.mean.view({1, -1, 1, 1})).mul_(width.view({1, -1, 1, 1}));
   y.add_(tensors.shifts[layer].view({1, -1, 1, 1}));
@@ -198,6 +197,78 @@ at::Tensor again(const at::Tensor& x, const ChainTensors& tensors, size_t layer,
   return options.activation == ChainActivation::leaky ? by_sign(y, kept.signs, options.slope)
                                                       : exchange(y, kept.signs);
 }
+
+// What a failed check makes again, each output of a layer held against the forward's.
+class Repair {
+ public:
+  Repair(const at::Tensor& input, const at::Tensor& probes, const ChainTensors& tensors,
+         const ChainOptions& options, const ChainKept& kept, const Geometry& geometry)
+      : probes_(probes),
+        input_(input),
+        tensors_(tensors),
+        options_(options),
+        kept_(kept),
+        geometry_(geometry),
+        known_(kept.layers.size() + 1) {}
+
+  // Of layer i's input, or with i = layers of the output.
+  double error(int64_t i, const at::Tensor& x) const {
+    // NaN where numbers were kept: the walk has overflowed.
+    const double measured = probe_error(at::mm(flat(x), probes_), probes_of(i));
+    return std::isnan(measured) ? std::numeric_limits<double>::infinity() : measured;
+  }
+
+  bool has(int64_t i) const { return known_[i].defined(); }
+  at::Tensor take(int64_t i) { return std::move(known_[i]); }
+
+  // The input of layer i, or with i = layers the output, from the nearest anchor or the chain's input. Those
+  // in between become known.
+  at::Tensor make(int64_t i) {
+    count(Inversion::failed);
+    int64_t from = i - 1;
+    while (from > 0 && !kept_.layers[from].input.defined()) --from;
+    at::Tensor x = from == 0 ? input_.contiguous(kLast) : kept_.layers[from].input;
+    for (int64_t k = from; k < i; ++k) {
+      x = output_of(k, convolution(k, x));
+      if (k + 1 < i) known_[k + 1] = x;
+    }
+    return x;
+  }
+  // Layer i's convolution of its input, checked by what the layer's output was.
+  at::Tensor convolution_of(int64_t i, const at::Tensor& x) const {
+    at::Tensor y = convolution(i, x);
+    output_of(i, y.clone());
+    return y;
+  }
+
+ private:
+  at::Tensor convolution(int64_t i, const at::Tensor& x) const {
+    count(Inversion::repeated);
+    return convolve(x, tensors_.weights[i], geometry_);
+  }
+  at::Tensor output_of(int64_t i, at::Tensor y) const {
+    const at::Tensor z = after_norm(std::move(y), tensors_, i, kept_.layers[i], options_);
+    const double off = error(i + 1, z), limit = largest_error(z.scalar_type());
+    TORCH_CHECK(
+        off <= limit, "reversible_chain: the output of layer ", i,
+        ", made again from a kept input, is off by ", off, " of its size, expected at most ", limit,
+        ": the chain's input, its output or a parameter was changed behind autograd's back; leave them "
+        "alone until the backward");
+    return z;
+  }
+  at::Tensor probes_of(int64_t i) const {
+    if (i == static_cast<int64_t>(kept_.layers.size())) return kept_.probes;
+    const KeptOfLayer& layer = kept_.layers[i];
+    return layer.input.defined() ? at::mm(flat(layer.input), probes_) : layer.probes;
+  }
+
+  const at::Tensor &probes_, &input_;
+  const ChainTensors& tensors_;
+  const ChainOptions& options_;
+  const ChainKept& kept_;
+  const Geometry& geometry_;
+  std::vector<at::Tensor> known_;  // inputs of layers
+};
 
 }  // namespace
 
@@ -288,6 +359,7 @@ at::Tensor chain_forward(const at::Tensor& input, const ChainTensors& tensors, c
     layer.deviation = deviation;
     kept->layers[i] = std::move(layer);
   }
+  if (kept != nullptr) kept->probes = at::mm(flat(x), probes);
   return x;
 }
 
@@ -302,25 +374,21 @@ ChainGradients chain_backward(const at::Tensor& grad, const at::Tensor& input, c
   std::fill(measured, measured + layers, std::numeric_limits<double>::quiet_NaN());
   ChainGradients result;
   for (auto* list : {&result.weights, &result.scales, &result.shifts}) list->resize(layers);
-  // Inputs of layers that a failed check has made again.
-  std::vector<at::Tensor> known(layers);
+  Repair repair(input, probes, tensors, options, kept, geometry);
   at::Tensor g = grad.contiguous(kLast), z = output;
+  if (repair.error(layers, z) > limit) z = repair.make(layers);
   for (int64_t i = layers - 1; i >= 0; --i) {
     const KeptOfLayer& layer = kept.layers[i];
     const at::Tensor &weight = tensors.weights[i], &scale = tensors.scales[i];
     g = activation_gradient(g, layer.signs, options);
-    const at::Tensor y = before_norm(z, layer, scale, tensors.shifts[i], options);
+    at::Tensor y = before_norm(z, layer, scale, tensors.shifts[i], options), x;
     z.reset();
-    std::tie(g, result.scales[i], result.shifts[i]) =
-        at::native_batch_norm_backward(g, y, scale, std::nullopt, std::nullopt, layer.mean, layer.deviation,
-                                       true, options.eps, {true, true, true});
-    at::Tensor x;
     if (i == 0) {
       x = input.contiguous(kLast);
     } else if (layer.input.defined()) {
       x = layer.input;
-    } else if (known[i].defined()) {
-      x = std::move(known[i]);
+    } else if (repair.has(i)) {
+      x = repair.take(i);
     } else {
       {
         const FrequencyInverse inverse(geometry.shape, geometry.transform, weight, 0, false);
@@ -328,22 +396,16 @@ ChainGradients chain_backward(const at::Tensor& grad, const at::Tensor& input, c
       }
       if (layer.residue.defined()) x = with_residue(x, layer.residue, layer.step.item<double>());
       count(Inversion::rebuilt);
-      measured[i] = probe_error(at::mm(flat(x), probes), layer.probes);
-      // NaN where numbers were kept: the walk has overflowed.
-      if (std::isnan(measured[i])) measured[i] = std::numeric_limits<double>::infinity();
+      measured[i] = repair.error(i, x);
       if (measured[i] > limit) {
-        count(Inversion::failed);
-        int64_t from = i - 1;
-        while (from > 0 && !kept.layers[from].input.defined()) --from;
-        at::Tensor h = from == 0 ? input.contiguous(kLast) : kept.layers[from].input;
-        for (int64_t k = from; k < i; ++k) {
-          h = again(h, tensors, k, kept.layers[k], geometry, options);
-          if (k + 1 < i) known[k + 1] = h;
-        }
-        count(Inversion::repeated, i - from);
-        x = h;
+        x = repair.make(i);
+        y = repair.convolution_of(i, x);
       }
     }
+    std::tie(g, result.scales[i], result.shifts[i]) =
+        at::native_batch_norm_backward(g, y, scale, std::nullopt, std::nullopt, layer.mean, layer.deviation,
+                                       true, options.eps, {true, true, true});
+    y.reset();
     z = x;
     std::tie(g, result.weights[i], std::ignore) = at::convolution_backward(
         g, x, weight, std::nullopt, at::IntArrayRef{1, 1}, geometry.padding, at::IntArrayRef{1, 1}, false,

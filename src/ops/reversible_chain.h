@@ -37,6 +37,7 @@ struct KeptOfLayer {
 
 struct ChainKept {
   std::vector<KeptOfLayer> layers;
+  at::Tensor probes;  ///< of the output, as of each input
 };
 
 /// Throws unless the tensors fit together.
@@ -51,7 +52,8 @@ struct ChainGradients {
   std::vector<at::Tensor> weights, scales, shifts;
 };
 
-/// `errors`: [layers] float64, receives the measured relative error of each input that was rebuilt.
+/// `errors`: [layers] float64, receives the measured relative error of each input that was rebuilt. What
+/// fails its check is made again by the layers below; throws where that does not give what the forward had.
 ChainGradients chain_backward(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& output,
                               const ChainTensors& tensors, const ChainOptions& options, const ChainKept& kept,
                               bool needs_input, const at::Tensor& errors);

@@ -49,18 +49,21 @@ TORCH_MODULE(ReversibleLayer);
 /// k - 1) / (H W) - 1), signs (1 / 32, with maxmin 1 / 64), statistics, 4 numbers a sample; residues, the low
 /// 16 bits of a layer's input (1 / 2), where the error of rebuilding would pass `limit`, and anchors, an
 /// input itself, where one layer alone passes it. Channels that the norm scales to nearly 0 are kept. A plan
-/// is made from 4 samples of a batch that is at hand. Every rebuilt input is checked; one that is off by more
-/// than 1e-3 (float64: 1e-7) is made again by running the layers forward from the nearest anchor or the
-/// input, and the next forward plans anew. Gradients are exact up to rounding times amplification. Running
-/// statistics are updated once. In evaluation torch's ops run.
+/// is made from 4 samples of a batch that is at hand. Every rebuilt input and the output is checked; one that
+/// is off by more than 1e-3 (float64: 1e-7) is made again by running the layers forward from the nearest
+/// anchor or the input, and checked again, and the next forward plans anew. Gradients are exact up to
+/// rounding times amplification. Running statistics are updated once. In evaluation torch's ops run, and keep
+/// what they keep; so they do while the norm of any layer is in evaluation.
 ///
-/// float32 or float64, also under autocast. The input must not be changed before backward. Double backward
-/// raises an error.
+/// float32 or float64, also under autocast. Input, output and parameters must not be changed before backward:
+/// where autograd cannot see it (`.data`), an error is raised if what was made again does not agree. Double
+/// backward raises an error.
 class REMNANT_API ReversibleChainImpl : public torch::nn::Cloneable<ReversibleChainImpl> {
  public:
   ReversibleChainImpl(int64_t channels, int64_t layers)
       : ReversibleChainImpl(ReversibleChainOptions(channels, layers)) {}
-  /// Throws c10::Error unless channels, layers and slope are above 0 and kernel_size is odd.
+  /// Throws c10::Error unless channels, layers, slope, limit and plan_every are above 0, kernel_size is odd,
+  /// and channels are even for maxmin.
   explicit ReversibleChainImpl(const ReversibleChainOptions& options);
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
@@ -71,12 +74,12 @@ class REMNANT_API ReversibleChainImpl : public torch::nn::Cloneable<ReversibleCh
   const std::vector<int64_t>& residues() const { return residues_; }
   /// Measured by the last backward: relative error of each layer's input, NaN where it was not rebuilt.
   const at::Tensor& errors() const { return errors_; }
-  /// Fixes the plan: no more are made.
+  /// Fixes the plan: no more are made. Throws c10::Error on a layer that is not there.
   void set_plan(std::vector<int64_t> anchors, std::vector<int64_t> residues);
   /// For checkpoints: the plan and what decides when the next is made, float64 [3 layers + 1]. A training
   /// that is resumed with it rebuilds, to the bit, as one that never stopped.
   at::Tensor plan_state() const;
-  /// Throws c10::Error on a tensor of another size.
+  /// Throws c10::Error on a tensor of another size, and on one that is no such state.
   void set_plan_state(const at::Tensor& state);
 
   ReversibleChainOptions options;
@@ -96,7 +99,9 @@ TORCH_MODULE(ReversibleChain);
 /// modules "f" and "g".
 ///
 /// SAVES: as a ReversibleSequence of one block. F and G run once more in backward, with the forward's random
-/// state and autocast; their buffers (running statistics) are updated once.
+/// state and autocast; their buffers (running statistics) are updated once. A leaf that F or G uses without
+/// owning it as a parameter gets its gradient in `.grad`, as `backward()` does; torch::autograd::grad() does
+/// not see it. A tensor that was computed outside of them and needs a gradient raises an error in backward.
 class REMNANT_API CouplingImpl : public torch::nn::Module {
  public:
   CouplingImpl(torch::nn::AnyModule f, torch::nn::AnyModule g, bool affine);
@@ -121,7 +126,12 @@ REMNANT_API Coupling affine_coupling(torch::nn::AnyModule f, torch::nn::AnyModul
 /// SAVES: its output, 4 numbers a sample, and for each F or G that draws random numbers a random state (5 kB
 /// on a CPU), whatever the depth. The input that comes out at the end of the backward is checked by those
 /// numbers; an error is thrown when it is off by more than 1e-3 (float64: 1e-7). Double backward raises an
-/// error.
+/// error. Keeps nothing where neither the input nor a parameter needs a gradient.
+///
+/// A half input, and a float32 one under autocast, is added up exactly, in float64, and F and G get what they
+/// would from torch: additive blocks give their input back to the bit however deep they are, affine ones to
+/// float64's rounding. SAVES then the output in float32 and a byte an element (4 for affine blocks). The
+/// result has the dtype of torch's own sums.
 class REMNANT_API ReversibleSequenceImpl : public torch::nn::Module {
  public:
   explicit ReversibleSequenceImpl(std::vector<Coupling> blocks);
