@@ -157,7 +157,8 @@ def test_residual_networks_under_each_setting(vision, tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=2e-2)
 
 
-@pytest.mark.parametrize("model", [["chain", "--depth", 4], ["reversible", "--depth", 3]])
+@pytest.mark.parametrize("model", [["chain", "--depth", 4], ["reversible", "--depth", 3],
+                                   ["chain", "--depth", 3, "--activation", "leaky", "--init", "he"]])
 def test_models_that_rebuild_their_inputs(vision, tmp_path, model):
     arguments = ["--data", "generated", "--images", 100, "--model", *model, "--width", 4, "--batch-size", 16, "--threads", 1]
     eager, exact = compared(vision, "--memory", ["eager", "exact"], tmp_path / "runs", *arguments, "--epochs", 2)
@@ -172,6 +173,32 @@ def test_models_that_rebuild_their_inputs(vision, tmp_path, model):
     assert losses(tmp_path / "parts") == losses(tmp_path / "runs" / "exact")
     message = vision.fails("train", *arguments, "--memory", "unbiased:bits=4", "--out", tmp_path / "x", code=2)
     assert f"--memory of {model[0]} should be eager, exact" in message
+
+
+@pytest.mark.parametrize("model", [["chain", "--depth", 2], ["reversible", "--depth", 9]])
+def test_models_that_rebuild_train_in_bf16(vision, tmp_path, model):
+    arguments = ["--data", "generated", "--images", 100, "--model", *model, "--width", 4, "--batch-size", 16,
+                 "--threads", 1, "--epochs", 2, "--precision", "bf16"]
+    eager, exact = compared(vision, "--memory", ["eager", "exact"], tmp_path / "runs", *arguments)
+    assert exact["kept_bytes"] < 0.8 * eager["kept_bytes"]
+    curves = [losses(tmp_path / "runs" / name) for name in ("eager", "exact")]
+    assert curves[0] == pytest.approx(curves[1], rel=5e-2) and curves[0][0] == pytest.approx(curves[1][0], rel=1e-2)
+
+
+@pytest.mark.parametrize("model, choice, expected", [
+    (["chain", "--depth", 2], "unbiased:bits=4", "blocks.0 can do eager or exact"),
+    (["reversible", "--depth", 3], "checkpoint", "blocks.0 can do eager or exact"),
+    (["resnet8"], "checkpoint", "blocks.0.first can do eager, exact or unbiased"),
+    (["resnet8"], "attention=output", "blocks.0.first can do eager, exact or unbiased")])
+def test_choices_that_a_layer_cannot_do(vision, tmp_path, model, choice, expected):
+    file = tmp_path / "choices.json"
+    arguments = ["train", "--data", "generated", "--images", 100, "--model", *model, "--width", 4, "--batch-size", 16,
+                 "--threads", 1, "--max-steps", 1, "--memory", file]
+    file.write_text(json.dumps({"blocks.*": choice}))
+    assert expected in vision.fails(*arguments, "--out", tmp_path / "refused", code=2)
+    # The last that fits decides.
+    file.write_text(json.dumps({"*": choice, "blocks.*": "exact", "stem": "unbiased:bits=4"}))
+    vision(*arguments, "--out", tmp_path / "taken")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -231,6 +258,9 @@ def test_changed_data_is_noticed_on_resume(vision, tmp_path):
     (["--model", "vgg"], "such as resnet20; got 'vgg'"),
     (["--depth", "3"], "--depth is for reversible and chain"),
     (["--model", "chain", "--width", "3"], "--width of chain should be even, got 3"),
+    (["--init", "he"], "--activation and --init are for chain; --model is resnet8"),
+    (["--model", "chain", "--init", "zero"], "--init should be orthogonal or he"),
+    (["--model", "chain", "--activation", "relu"], "--activation should be maxmin or leaky"),
     (["--memory", "unbiased:bits=3"], "8, 4 or 2 bits"),
     (["--layout", "nchw"], "--layout should be channels-last or contiguous"),
     (["--schedule", "linear"], "--schedule should be cosine, step or constant"),

@@ -35,6 +35,10 @@ std::optional<int64_t> resnet_layers(const std::string& model) {
   return layers;
 }
 
+bool eager_or_exact(const LayerMemory& memory) {
+  return memory == LayerMemory(Memory::eager()) || memory == LayerMemory(Memory::exact());
+}
+
 }  // namespace
 
 bool is_resnet(const std::string& model) { return resnet_layers(model).has_value(); }
@@ -56,10 +60,20 @@ Tensor ConvNormImpl::forward(const Tensor& x, const Tensor& residual) {
 }
 
 void ConvNormImpl::set_memory(const LayerMemory& memory) {
-  memory_ = memory;
   options.memory = memory.bits > 0                          ? Memory::unbiased(memory.bits)
                    : memory == LayerMemory(Memory::eager()) ? Memory::eager()
                                                             : Memory::exact();
+  memory_ = options.memory;
+}
+
+std::string ConvNormImpl::refusal(const LayerMemory& memory) const {
+  const bool can =
+      eager_or_exact(memory) || (memory.bits > 0 && memory == LayerMemory(Memory::unbiased(memory.bits)));
+  return can ? "" : "eager, exact or unbiased:bits=8, 4 or 2";
+}
+
+std::string RebuildingImpl::refusal(const LayerMemory& memory) const {
+  return eager_or_exact(memory) ? "" : "eager or exact";
 }
 
 ResidualBlockImpl::ResidualBlockImpl(int64_t in, int64_t out, int64_t stride)
@@ -73,10 +87,15 @@ Tensor ResidualBlockImpl::forward(const Tensor& x) {
   return second_->forward(first_(x), same ? x : shortcut(x, stride_, x.size(1) + added_channels_));
 }
 
-ChainImpl::ChainImpl(int64_t channels, int64_t layers) {
-  nn::ReversibleChainOptions options(channels, layers);
-  options.activation = "maxmin";
-  chain_ = register_module("chain", nn::ReversibleChain(options));
+ChainImpl::ChainImpl(const ModelOptions& options) {
+  nn::ReversibleChainOptions layers(options.width, options.depth);
+  layers.activation = options.activation;
+  chain_ = register_module("chain", nn::ReversibleChain(layers));
+  if (options.init != "he") return;
+  for (const auto& layer : chain_->children()) {
+    torch::nn::init::kaiming_normal_(layer->as<nn::ReversibleLayer>()->conv->weight, 0, torch::kFanOut,
+                                     torch::kReLU);
+  }
 }
 
 Tensor ChainImpl::forward(const Tensor& x) {
@@ -140,7 +159,7 @@ ClassifierImpl::ClassifierImpl(const ModelOptions& options) {
   } else if (options.model == "reversible") {
     channels = add_couplings(options.width, options.depth);
   } else {
-    blocks_->push_back(Chain(options.width, options.depth));
+    blocks_->push_back(Chain(options));
   }
   output_ = register_module("output", torch::nn::Linear(channels, options.classes));
 }

@@ -19,6 +19,8 @@ struct ModelOptions {
   int64_t width = 16;              ///< channels of the first stage
   int64_t depth = 0;               ///< reversible: coupling blocks; chain: layers
   int64_t classes = 10;
+  std::string activation = "maxmin";  ///< of chain: maxmin, or leaky with slope 0.5
+  std::string init = "orthogonal";    ///< of chain's layers: orthogonal (dirac_orthogonal_) or he
 };
 
 /// Whether `model` is the name of a residual network: resnetN with N = 6 n + 2, such as resnet20.
@@ -33,6 +35,7 @@ class ConvNormImpl : public nn::ConvNormAct2dImpl, public nn::KeepsByChoice {
   at::Tensor forward(const at::Tensor& x, const at::Tensor& residual = {});
   const LayerMemory& memory() const override { return memory_; }
   void set_memory(const LayerMemory& memory) override;
+  std::string refusal(const LayerMemory& memory) const override;
 
  private:
   LayerMemory memory_ = Memory::exact();
@@ -57,6 +60,7 @@ class RebuildingImpl : public torch::nn::Module, public nn::KeepsByChoice {
  public:
   const LayerMemory& memory() const override { return memory_; }
   void set_memory(const LayerMemory& memory) override { memory_ = memory; }
+  std::string refusal(const LayerMemory& memory) const override;
 
  protected:
   /// Whether to compute as torch does: asked to, or nothing is kept anyway.
@@ -66,10 +70,10 @@ class RebuildingImpl : public torch::nn::Module, public nn::KeepsByChoice {
   LayerMemory memory_ = Memory::exact();
 };
 
-/// nn::ReversibleChain with maxmin.
+/// nn::ReversibleChain.
 class ChainImpl : public RebuildingImpl {
  public:
-  ChainImpl(int64_t channels, int64_t layers);
+  explicit ChainImpl(const ModelOptions& options);
   at::Tensor forward(const at::Tensor& x);
   nn::ReversibleChainImpl& chain() { return *chain_; }
 

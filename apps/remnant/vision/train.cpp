@@ -47,7 +47,8 @@ struct Data {
 };
 
 Classifier make_model(const TrainOptions& options, size_t classes) {
-  Classifier model(ModelOptions{options.model, options.width, options.depth, static_cast<int64_t>(classes)});
+  Classifier model(ModelOptions{options.model, options.width, options.depth, static_cast<int64_t>(classes),
+                                options.activation, options.init});
   if (!channels_last(options)) return model;
   for (at::Tensor& parameter : model->parameters()) {
     // Kernels would otherwise rearrange the weight in every step.
@@ -224,6 +225,11 @@ void check_model(TrainOptions& options) {
   require_at_least("width", options.width, 0);
   require_at_least("depth", options.depth, 0);
   const bool chain = options.model == "chain", reversible = options.model == "reversible";
+  require_one_of("activation", options.activation, {"maxmin", "leaky"});
+  require_one_of("init", options.init, {"orthogonal", "he"});
+  if (!chain && (options.activation != "maxmin" || options.init != "orthogonal")) {
+    throw UsageError("--activation and --init are for chain; --model is " + options.model);
+  }
   if (is_resnet(options.model)) {
     if (options.width == 0) options.width = 16;
     if (options.depth != 0) {

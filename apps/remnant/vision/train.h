@@ -24,7 +24,8 @@ struct TrainOptions : TrainingOptions {
     epochs = 20;
   }
   std::string& compared() { return memory; }
-  std::string model = "resnet20", schedule = "cosine", layout = "channels-last";
+  std::string model = "resnet20", schedule = "cosine", layout = "channels-last", activation = "maxmin",
+              init = "orthogonal";
   int64_t images = 5000, width = 0, depth = 0;
   double weight_decay = 1e-4, warm_up = 1;
   bool augment = true;
@@ -44,6 +45,9 @@ void visit_options(Options& o, const Visit& visit) {
       "width", o.width, Resume::same,
       "channels of the first stage, the next have 2 and 4 times as many; 0: 16, of reversible and chain 32");
   visit("depth", o.depth, Resume::same, "blocks of reversible, 0: 9; layers of chain, 0: 16");
+  visit("activation", o.activation, Resume::same, "of chain: maxmin, or leaky with slope 0.5");
+  visit("init", o.init, Resume::same,
+        "weights of chain's layers: orthogonal (at the kernel's centre, with noise), or he");
   visit("layout", o.layout, Resume::same, "of activations in memory: channels-last or contiguous");
   visit("augment", o.augment, Resume::same, "move training images by up to 4 pixels and flip half of them");
   visit("schedule", o.schedule, Resume::same,
