@@ -27,8 +27,8 @@ struct REMNANT_API Conversion {
 
 /// Replaces torch::nn modules of `model` by remnant::nn's, which keep what `memory` says, and gives the
 /// setting to those that already are remnant::nn's: MultiheadAttention, TransformerEncoderLayer and
-/// -DecoderLayer, TransformerEncoder and -Decoder, LayerNorm over the last dimension, and Dropout. Others
-/// keep no more under remnant::nn and stay.
+/// -DecoderLayer, TransformerEncoder and -Decoder, LayerNorm over the last dimension, and Dropout; under
+/// codes also Linear, GELU and SiLU. Others keep no more under remnant::nn and stay.
 ///
 /// A Conv1d, 2d or 3d, the BatchNorm or GroupNorm of as many channels behind it and a ReLU, LeakyReLU or SiLU
 /// behind that (or none) become one unit as remnant::conv_norm_act, where they follow each other in a

@@ -275,6 +275,27 @@ class Walk {
     return std::dynamic_pointer_cast<To>(twin);
   }
 
+  /// The twin of a module without parameters.
+  template <typename To, typename From, typename... Options>
+  std::shared_ptr<To> alike(const std::shared_ptr<From>& source, const Options&... options) {
+    return once<To>(source, [&] {
+      auto twin = std::make_shared<To>(options...);
+      adopt(*twin, *source);
+      return twin;
+    });
+  }
+
+  template <typename To, typename From>
+  std::shared_ptr<To> linear(const std::shared_ptr<From>& source) {
+    return once<To>(source, [&] {
+      auto twin = std::make_shared<To>(source->options);
+      adopt(*twin, *source);
+      twin->weight = source->weight;
+      twin->bias = source->bias;
+      return twin;
+    });
+  }
+
  private:
   struct Exchange {
     std::vector<AnyModule*> slots;
@@ -412,6 +433,10 @@ class ToRemnant final : public Walk {
     }
     if (dynamic_cast<const torch::nn::LayerNormImpl*>(&module)) return "remnant::nn::LayerNorm";
     if (dynamic_cast<const torch::nn::DropoutImpl*>(&module)) return "remnant::nn::Dropout";
+    if (memory_.bits == 0) return nullptr;  // without codes these keep what PyTorch's keep
+    if (dynamic_cast<const torch::nn::LinearImpl*>(&module)) return "remnant::nn::Linear";
+    if (dynamic_cast<const torch::nn::GELUImpl*>(&module)) return "remnant::nn::GELU";
+    if (dynamic_cast<const torch::nn::SiLUImpl*>(&module)) return "remnant::nn::SiLU";
     return nullptr;
   }
 
@@ -486,12 +511,17 @@ class ToRemnant final : public Walk {
         return twin;
       }));
     }
+    if (auto found = exactly<torch::nn::LinearImpl>(module, "torch::nn::Linear")) {
+      return AnyModule(linear<nn::LinearImpl>(found));
+    }
+    if (auto found = exactly<torch::nn::GELUImpl>(module, "torch::nn::GELU")) {
+      return AnyModule(alike<nn::GELUImpl>(found, found->options));
+    }
+    if (auto found = exactly<torch::nn::SiLUImpl>(module, "torch::nn::SiLU")) {
+      return AnyModule(alike<nn::SiLUImpl>(found));
+    }
     const auto found = exactly<torch::nn::DropoutImpl>(module, "torch::nn::Dropout");
-    return AnyModule(once<nn::DropoutImpl>(found, [&] {
-      auto twin = std::make_shared<nn::DropoutImpl>(found->options);
-      adopt(*twin, *found);
-      return twin;
-    }));
+    return AnyModule(alike<nn::DropoutImpl>(found, found->options));
   }
 
  private:
@@ -636,6 +666,9 @@ class ToTorch final : public Walk {
     if (dynamic_cast<const nn::TransformerDecoderImpl*>(&module)) return "torch::nn::TransformerDecoder";
     if (dynamic_cast<const nn::LayerNormImpl*>(&module)) return "torch::nn::LayerNorm";
     if (dynamic_cast<const nn::DropoutImpl*>(&module)) return "torch::nn::Dropout";
+    if (dynamic_cast<const nn::LinearImpl*>(&module)) return "torch::nn::Linear";
+    if (dynamic_cast<const nn::GELUImpl*>(&module)) return "torch::nn::GELU";
+    if (dynamic_cast<const nn::SiLUImpl*>(&module)) return "torch::nn::SiLU";
     if (const auto* part = dynamic_cast<const nn::detail::RunPart*>(&module)) return part->original_type();
     return nullptr;
   }
@@ -683,12 +716,17 @@ class ToTorch final : public Walk {
         return twin;
       }));
     }
+    if (auto found = exactly<nn::LinearImpl>(module, "remnant::nn::Linear")) {
+      return AnyModule(linear<torch::nn::LinearImpl>(found));
+    }
+    if (auto found = exactly<nn::GELUImpl>(module, "remnant::nn::GELU")) {
+      return AnyModule(alike<torch::nn::GELUImpl>(found, found->options));
+    }
+    if (auto found = exactly<nn::SiLUImpl>(module, "remnant::nn::SiLU")) {
+      return AnyModule(alike<torch::nn::SiLUImpl>(found));
+    }
     const auto found = exactly<nn::DropoutImpl>(module, "remnant::nn::Dropout");
-    return AnyModule(once<torch::nn::DropoutImpl>(found, [&] {
-      auto twin = std::make_shared<torch::nn::DropoutImpl>(found->options);
-      adopt(*twin, *found);
-      return twin;
-    }));
+    return AnyModule(alike<torch::nn::DropoutImpl>(found, found->options));
   }
 
  private:

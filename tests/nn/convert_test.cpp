@@ -24,6 +24,7 @@
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/linear.h>
 #include <torch/nn/modules/normalization.h>
 #include <torch/nn/modules/transformer.h>
 #include <torch/nn/modules/transformercoder.h>
@@ -341,6 +342,52 @@ TEST(Convert, KeepsLess) {
   EXPECT_LT(5 * after, before);
   convert_back(*model);
   EXPECT_EQ(kept(), before);
+}
+
+TEST(Convert, UnderCodesLinearLayersAndActivationsKeepCodes) {
+  torch::manual_seed(3);
+  torch::nn::Sequential model(torch::nn::Linear(kDim, kWidth), torch::nn::GELU(),
+                              torch::nn::Linear(torch::nn::LinearOptions(kWidth, kDim).bias(false)),
+                              torch::nn::SiLU(), torch::nn::Linear(kDim, 3));
+  const Tensor x = at::randn({256, kDim});
+  const auto outcome = [&] { return run(*model, [&] { return model->forward(x); }); };
+  const auto kept = [&] {
+    const Tensor loss = model->forward(x).sum();
+    return memory::kept_bytes({loss}, {loss, x});
+  };
+  const std::string text = printed(*model);
+  const auto parameters = identities(*model);
+  const Outcome before = outcome();
+  const int64_t plain = kept();
+  EXPECT_TRUE(convert(*model, Memory::exact()).converted.empty());
+  const Conversion there = convert(*model, Memory::unbiased(8));
+  EXPECT_EQ(there.converted, (std::vector<std::string>{"0", "1", "2", "3", "4"}));
+  EXPECT_TRUE(there.left.empty()) << there.table();
+  EXPECT_EQ(identities(*model), parameters);
+  EXPECT_NE(printed(*model).find("remnant::nn::Linear(in_features=32, out_features=80, bias=1, bits=8)"),
+            std::string::npos)
+      << printed(*model);
+  const Outcome coded = outcome();
+  expect_close(coded.output, before.output, "output");
+  for (size_t i = 0; i < before.gradients.size(); ++i) {
+    EXPECT_LT((coded.gradients[i] - before.gradients[i]).norm().item<double>(),
+              0.03 * before.gradients[i].norm().item<double>());
+  }
+  EXPECT_LT(3 * kept(), plain);
+  model->eval();
+  EXPECT_TRUE(at::equal(model->forward(x), before.output));  // torch's own operations
+  model->train();
+  const Conversion back = convert_back(*model);
+  EXPECT_EQ(back.converted, there.converted);
+  EXPECT_EQ(printed(*model), text);
+  EXPECT_EQ(identities(*model), parameters);
+  EXPECT_EQ(kept(), plain);
+  struct Member : torch::nn::Module {
+    torch::nn::Linear inner = register_module("inner", torch::nn::Linear(2, 2));
+  } member;
+  const Conversion typed = convert(member, Memory::unbiased(4));
+  ASSERT_EQ(names(typed.left), std::vector<std::string>{"inner"});
+  EXPECT_NE(typed.left[0].reason.find("declare it as remnant::nn::Linear"), std::string::npos);
 }
 
 /// What C++ cannot exchange, beside what it can.

@@ -4,7 +4,9 @@
 #include <remnant/plan.h>
 
 #include <torch/nn/cloneable.h>
+#include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/dropout.h>
+#include <torch/nn/modules/linear.h>
 #include <torch/nn/modules/normalization.h>
 
 #include <vector>
@@ -52,5 +54,58 @@ class REMNANT_API LayerNormImpl : public torch::nn::Cloneable<LayerNormImpl>, pu
   LayerMemory memory_ = Memory::exact();
 };
 TORCH_MODULE(LayerNorm);
+
+/// torch.nn.Linear: parameters weight and bias, initialised as torch's. SAVES: its input, or with a setting's
+/// bits its codes, as remnant::linear says, in training.
+class REMNANT_API LinearImpl : public torch::nn::Cloneable<LinearImpl>, public KeepsByChoice {
+ public:
+  LinearImpl(int64_t in_features, int64_t out_features)
+      : LinearImpl(torch::nn::LinearOptions(in_features, out_features)) {}
+  explicit LinearImpl(const torch::nn::LinearOptions& options);
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  void set_memory(const LayerMemory& memory) override { memory_ = memory; }
+  const LayerMemory& memory() const override { return memory_; }
+  at::Tensor forward(const at::Tensor& input);
+
+  torch::nn::LinearOptions options;
+  at::Tensor weight, bias;
+
+ private:
+  LayerMemory memory_ = Memory::exact();
+};
+TORCH_MODULE(Linear);
+
+/// torch.nn.GELU. SAVES: its input, or with a setting's bits codes of its derivative, as remnant::gelu says,
+/// in training.
+class REMNANT_API GELUImpl : public torch::nn::Cloneable<GELUImpl>, public KeepsByChoice {
+ public:
+  explicit GELUImpl(torch::nn::GELUOptions options_in = {}) : options(std::move(options_in)) {}
+  void reset() override {}
+  void pretty_print(std::ostream& stream) const override;
+  void set_memory(const LayerMemory& memory) override { memory_ = memory; }
+  const LayerMemory& memory() const override { return memory_; }
+  at::Tensor forward(const at::Tensor& input);
+
+  torch::nn::GELUOptions options;
+
+ private:
+  LayerMemory memory_ = Memory::exact();
+};
+TORCH_MODULE(GELU);
+
+/// torch.nn.SiLU. SAVES: as GELU.
+class REMNANT_API SiLUImpl : public torch::nn::Cloneable<SiLUImpl>, public KeepsByChoice {
+ public:
+  void reset() override {}
+  void pretty_print(std::ostream& stream) const override;
+  void set_memory(const LayerMemory& memory) override { memory_ = memory; }
+  const LayerMemory& memory() const override { return memory_; }
+  at::Tensor forward(const at::Tensor& input);
+
+ private:
+  LayerMemory memory_ = Memory::exact();
+};
+TORCH_MODULE(SiLU);
 
 }  // namespace remnant::nn
