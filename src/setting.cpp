@@ -22,6 +22,19 @@ constexpr std::array<std::pair<const char*, double>, 7> kUnits{
 
 constexpr std::array<std::string_view, 5> kAttention{"eager", "projections", "output", "input", "automatic"};
 
+/// The setting nearest to a word, as it is written.
+std::string nearest_form(std::string_view word) {
+  std::string text = suggestion(word, {"eager", "exact", "unbiased", "budget"});
+  const auto write = [&](const std::string& name, const char* form) {
+    if (const size_t at = text.find("'" + name + "'"); at != std::string::npos) {
+      text.replace(at + 1, name.size(), form);
+    }
+  };
+  write("unbiased", "unbiased:bits=4");
+  write("budget", "budget=60MB");
+  return text;
+}
+
 int64_t parse_bytes(std::string_view text) {
   double number = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
@@ -89,8 +102,8 @@ Memory Memory::parse(std::string_view text) {
     return unbiased(bits);
   }
   const std::string_view name = text.substr(0, text.find_first_of(":="));
-  TORCH_CHECK(false, "unknown memory setting '", text, "'",
-              suggestion(name, {"eager", "exact", "unbiased", "budget"}), "; settings are written ", kForms);
+  TORCH_CHECK(false, "unknown memory setting '", text, "'", nearest_form(name), "; settings are written ",
+              kForms);
 }
 
 std::string Memory::str() const {
@@ -135,12 +148,19 @@ LayerMemory LayerMemory::parse(std::string_view text) {
     memory.checkpoint = true;
     return memory;
   }
-  if (text.find('=') == std::string_view::npos || text.starts_with("budget") ||
-      text.starts_with("unbiased")) {
-    return Memory::parse(text);
+  const std::string_view word = text.substr(0, text.find_first_of(":=,"));
+  const bool colon = word.size() < text.size() && text[word.size()] == ':';
+  const bool setting = word.starts_with("unbias") || word == "budget";
+  if (word == "recompute" || (colon && !setting)) {
+    memory = LayerMemory(Memory::exact());
+    memory.policy = Policy::parse(text);
+    return memory;
   }
+  if (setting || text.find('=') == std::string_view::npos) return Memory::parse(text);
   while (!text.empty()) {
-    const std::string_view part = text.substr(0, text.find(','));
+    // A policy may hold commas itself.
+    const bool last = text.starts_with("policy=");
+    const std::string_view part = last ? text : text.substr(0, text.find(','));
     text.remove_prefix(std::min(text.size(), part.size() + 1));
     const std::string_view name = part.substr(0, part.find('='));
     const std::string_view value = part.substr(std::min(part.size(), name.size() + 1));
@@ -165,16 +185,21 @@ LayerMemory LayerMemory::parse(std::string_view text) {
       TORCH_CHECK(value == "0" || value == "2" || value == "4" || value == "8",
                   "layer memory: bits must be 0, 2, 4 or 8, got '", value, "'");
       memory.bits = value.front() - '0';
+    } else if (name == "policy") {
+      memory.policy = Policy::parse(value);
     } else {
       TORCH_CHECK(false, "layer memory: unknown part '", part, "'",
-                  suggestion(name, {"attention", "hidden", "dropout", "norm", "bits"}),
+                  suggestion(name, {"attention", "hidden", "dropout", "norm", "bits", "policy"}),
                   "; written as in attention=input,hidden=recompute,dropout=seed,norm=output");
     }
   }
-  TORCH_CHECK(
-      memory.bits == 0 || memory == LayerMemory(Memory::unbiased(memory.bits)),
-      "layer memory: bits needs attention=projections, hidden=keep, dropout=seed and norm=output, got '",
-      memory.str(), "'");
+  TORCH_CHECK(!memory.policy.has_value() || memory.attention != AttentionKeep::eager,
+              "layer memory: attention=eager keeps what PyTorch does and takes no policy, got '",
+              memory.str(), "'");
+  TORCH_CHECK(memory.bits == 0 || memory == LayerMemory(Memory::unbiased(memory.bits)),
+              "layer memory: bits needs attention=projections, hidden=keep, dropout=seed, norm=output and no "
+              "policy, got '",
+              memory.str(), "'");
   return memory;
 }
 
@@ -185,6 +210,7 @@ std::string LayerMemory::str() const {
   text += noise ? ",dropout=noise" : ",dropout=seed";
   text += norm_input ? ",norm=input" : ",norm=output";
   if (bits > 0) text += ",bits=" + std::to_string(bits);
+  if (policy.has_value()) text += ",policy=" + policy->str();
   return text;
 }
 

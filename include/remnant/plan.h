@@ -27,7 +27,8 @@ REMNANT_API std::vector<std::pair<std::string, LayerMemory>> get_memory(torch::n
 
 /// The same by patterns of paths, in which * stands for any characters: the last pattern that fits a layer
 /// decides, and a layer that none fits stays as it is. Throws c10::Error, having changed nothing, on a
-/// pattern that fits no layer.
+/// pattern that fits no layer, or with a policy none that has attention, and on a layer that cannot do what
+/// was decided.
 REMNANT_API void set_memory(torch::nn::Module& model,
                             const std::vector<std::pair<std::string, LayerMemory>>& patterns);
 
@@ -82,8 +83,8 @@ struct REMNANT_API Plan {
 /// gradients and the CPU generator's state are as before afterwards. Run it on an otherwise idle machine,
 /// with inputs of the largest shape that training will see.
 ///
-/// Throws c10::Error when no layer of the model knows settings, and when nothing fits: with the smallest
-/// budget that does; the model is then as it was.
+/// Throws c10::Error when no layer of the model knows settings, when none is in training, and when nothing
+/// fits: with the smallest budget that does; the model is then as it was.
 REMNANT_API Plan plan(torch::nn::Module& model, const std::function<at::Tensor()>& loss, int64_t budget_bytes,
                       int64_t bits = 0);
 
@@ -102,6 +103,11 @@ class REMNANT_API KeepsByChoice {
   virtual ~KeepsByChoice() = default;
   virtual const LayerMemory& memory() const = 0;
   virtual void set_memory(const LayerMemory& memory) = 0;
+  /// Whether it has attention, for LayerMemory::policy.
+  virtual bool attends() const { return false; }
+  /// Empty where it can do as `memory` says, or something near; else what it can do, such as "eager or
+  /// exact".
+  virtual std::string refusal(const LayerMemory& /*memory*/) const { return {}; }
 };
 
 }  // namespace nn

@@ -1,8 +1,10 @@
 #pragma once
 
 #include <remnant/export.h>
+#include <remnant/policy.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -71,10 +73,15 @@ struct REMNANT_API LayerMemory {
   /// rounding, queries and keys of 8; no product but attention's is computed again. Needs
   /// attention=projections, hidden=keep, dropout=seed and norm=output.
   int64_t bits = 0;
+  /// Of the layer's attention, in place of the layer's own; layers without attention have no use for it.
+  /// Other policies than recompute keep attention's projections (`output`, `input` and `automatic` do not
+  /// act).
+  std::optional<Policy> policy;
 
   /// Reads the written form, any of attention=eager|projections|output|input|automatic,
-  /// hidden=keep|recompute, dropout=noise|seed, norm=input|output and bits=0|2|4|8 behind commas, or
-  /// `checkpoint` or a Memory setting by itself. Throws c10::Error with one sentence.
+  /// hidden=keep|recompute, dropout=noise|seed, norm=input|output, bits=0|2|4|8 and, last, policy=POLICY
+  /// behind commas; or by itself `checkpoint`, a Memory setting, or a policy (but `exact`, which is the
+  /// setting): the exact setting with that policy. Throws c10::Error with one sentence.
   static LayerMemory parse(std::string_view text);
   /// The written form; parse(str()) gives the same.
   std::string str() const;

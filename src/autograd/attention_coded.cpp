@@ -1,5 +1,6 @@
 #include "ops/attention_common.h"
 #include "ops/codes.h"
+#include "ops/seed.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -33,13 +34,17 @@ constexpr const char* kPolicy = "recompute";
 // What enters the softmax is rounded finer: its noise goes through an exponential.
 constexpr int64_t kScoreBits = 8;
 
+c10::TypedOperatorHandle<Forward> forward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("remnant::attention_forward", "").typed<Forward>();
+  return op;
+}
+
 ops::ForwardResult run_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                const OptionalTensor& mask, bool causal, double dropout, double scale,
                                at::IntArrayRef window, bool keep, const OptionalGenerator& generator) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("remnant::attention_forward", "").typed<Forward>();
   const at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(query, key, value, mask, causal, dropout, scale, kPolicy, window, keep, generator);
+  return forward_op().call(query, key, value, mask, causal, dropout, scale, kPolicy, window, keep, generator);
 }
 
 // Heads lie beside each other in memory, position by position: codes are of that order, which other readers
@@ -156,6 +161,13 @@ at::Tensor forward_autograd(const at::Tensor& query, const at::Tensor& key, cons
   }
   check_bits(bits);
   const auto bounds = window.value_or(at::IntArrayRef{});
+  if (ops::keeps_whole()) {
+    const at::Tensor output =
+        std::get<0>(forward_op().call(query, key, value, mask, causal, dropout,
+                                      scale_or_default(query, scale), kPolicy, bounds, true, generator));
+    ops::skip_seeds(query, 4, generator);
+    return output;
+  }
   ops::check_attention(query, key, value, mask, dropout, bounds);
   return CodedAttentionFunction::apply(query, key, value, mask, causal, dropout,
                                        scale_or_default(query, scale), bounds.vec(), bits, generator, needs);

@@ -1,4 +1,5 @@
 #include "ops/codes.h"
+#include "ops/seed.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -20,6 +21,9 @@ using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&
                                                                const OptionalTensor&, c10::string_view,
                                                                double, int64_t,
                                                                const std::optional<at::Generator>&);
+using Whole = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                                 const at::Tensor&, const OptionalTensor&, c10::string_view,
+                                                 double, const std::optional<at::Generator>&);
 using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, const at::Tensor&, c10::string_view, double, int64_t, std::array<bool, 5>);
@@ -27,6 +31,13 @@ using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::
 c10::TypedOperatorHandle<Forward> forward_op() {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("remnant::feed_forward_coded", "").typed<Forward>();
+  return op;
+}
+
+/// The op that keeps its input.
+c10::TypedOperatorHandle<Whole> whole_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("remnant::feed_forward_forward", "").typed<Whole>();
   return op;
 }
 
@@ -111,6 +122,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_autograd(
     const at::AutoDispatchBelowADInplaceOrView below;
     ops::skip_seeds(input, 1, generator);
     return forward_op().call(input, weight1, bias1, weight2, bias2, activation, dropout, bits, generator);
+  }
+  if (ops::keeps_whole()) {
+    // Of the input's codes; and of the hidden layer's, which is dropout's as well.
+    ops::skip_seeds(input, dropout > 0 ? 1 : 2, generator);
+    const auto [output, seed] =
+        whole_op().call(input, weight1, bias1, weight2, bias2, activation, dropout, generator);
+    return {output, seed, at::Tensor()};
   }
   auto outputs = CodedFeedForwardFunction::apply(input, weight1, bias1, weight2, bias2,
                                                  std::string(activation), dropout, bits, generator, needs);

@@ -1,4 +1,5 @@
 #include "ops/codes.h"
+#include "ops/seed.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -93,6 +94,10 @@ at::Tensor forward_autograd(const at::Tensor& input, const at::Tensor& weight, c
     const at::AutoDispatchBelowADInplaceOrView below;
     if (bits > 0) ops::skip_seeds(input, 1, generator);
     return forward_op().call(input, weight, bias, bits, generator);
+  }
+  if (bits > 0 && ops::keeps_whole()) {
+    ops::skip_seeds(input, 1, generator);
+    return LinearFunction::apply(input.to(weight.scalar_type()), weight, bias, 0, generator, needs);
   }
   return LinearFunction::apply(input, weight, bias, bits, generator, needs);
 }

@@ -1,5 +1,6 @@
 #include "ops/attention_common.h"
 #include "ops/codes.h"
+#include "ops/seed.h"
 #include "ops/step_common.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -144,6 +145,10 @@ Result forward_autograd(const at::Tensor& input, const OptionalTensor& residual,
     if (bits > 0) ops::skip_seeds(input, 1, std::nullopt);
     return forward_op().call(input, residual, weight, bias, seed, p, eps, center, need_sum, keep, hidden,
                              all_hidden, bits);
+  }
+  if (bits > 0 && ops::keeps_whole()) {
+    ops::skip_seeds(input, 1, std::nullopt);
+    bits = 0;
   }
   auto outputs =
       NormFunction::apply(input, residual, weight, bias, seed, p, eps, center, need_sum, bits, needs);

@@ -1,7 +1,6 @@
 #include <remnant/memory.h>
 #include <remnant/plan.h>
-
-#include "ops/seed.h"
+#include <remnant/rounding.h>
 
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
@@ -39,6 +38,17 @@ std::vector<Layer> layers_of(torch::nn::Module& model) {
     }
   }
   return layers;
+}
+
+bool trains(const Layer& layer) {
+  const auto* module = dynamic_cast<const torch::nn::Module*>(layer.module);
+  return module == nullptr || module->is_training();
+}
+
+/// Without what says nothing to the layer, so that get_memory gives back what set_memory takes.
+void give(const Layer& layer, LayerMemory memory) {
+  if (!layer.module->attends()) memory.policy.reset();
+  layer.module->set_memory(memory);
 }
 
 /// Exact gradients, from the fastest to the smallest; then codes, if wanted.
@@ -91,7 +101,7 @@ class Untouched {
     for (size_t i = 0; i < drawn.size(); ++i) {
       generator_.set_state(random_);
       for (Tensor& parameter : parameters_) parameter.mutable_grad().zero_();
-      const ops::RoundingSalt salt(static_cast<uint32_t>(i + 1));
+      const RoundingSalt salt(static_cast<uint32_t>(i + 1));
       loss().backward();
       if (i == 1) break;
       for (const Tensor& parameter : parameters_) drawn[0].push_back(parameter.grad().clone());
@@ -285,11 +295,20 @@ std::string megabytes(int64_t bytes) {
   return text.data();
 }
 
+/// Rounded down, or `up`: a number of bytes that is larger never reads as one that is not.
+std::string rounded(int64_t bytes, bool up) {
+  const auto in = [&](int64_t unit) { return bytes / unit + (up && bytes % unit > 0 ? 1 : 0); };
+  if (bytes < 10'000) return std::to_string(bytes) + " B";
+  if (bytes < 10'000'000) return std::to_string(in(1000)) + " kB";
+  const int64_t tenths = in(100'000);
+  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " MB";
+}
+
 }  // namespace
 
 int64_t set_memory(torch::nn::Module& model, const LayerMemory& memory) {
   const std::vector<Layer> layers = layers_of(model);
-  for (const Layer& layer : layers) layer.module->set_memory(memory);
+  for (const Layer& layer : layers) give(layer, memory);
   return static_cast<int64_t>(layers.size());
 }
 
@@ -307,11 +326,25 @@ void set_memory(torch::nn::Module& model, const std::vector<std::pair<std::strin
     std::string names;
     for (const Layer& layer : layers) names += (names.empty() ? "" : ", ") + layer.name;
     TORCH_CHECK(any, "set_memory: no layer fits the pattern '", pattern, "'; the model's are ", names);
+    if (!memory.policy.has_value()) continue;
+    const bool attends = std::any_of(layers.begin(), layers.end(), [&](const Layer& layer) {
+      return layer.module->attends() && fits(layer.name, pattern);
+    });
+    TORCH_CHECK(attends, "set_memory: '", memory.policy->str(),
+                "' is a policy of attention, which no layer has that fits the pattern '", pattern, "'");
   }
-  for (const auto& [pattern, memory] : patterns) {
-    for (const Layer& layer : layers) {
-      if (fits(layer.name, pattern)) layer.module->set_memory(memory);
+  std::vector<const LayerMemory*> decided(layers.size());
+  for (size_t l = 0; l < layers.size(); ++l) {
+    for (const auto& [pattern, memory] : patterns) {
+      if (fits(layers[l].name, pattern)) decided[l] = &memory;
     }
+    if (decided[l] == nullptr) continue;
+    const std::string can = layers[l].module->refusal(*decided[l]);
+    TORCH_CHECK(can.empty(), "set_memory: the layer ", layers[l].name, " can do ", can, ", got '",
+                decided[l]->str(), "'");
+  }
+  for (size_t l = 0; l < layers.size(); ++l) {
+    if (decided[l] != nullptr) give(layers[l], *decided[l]);
   }
 }
 
@@ -321,6 +354,8 @@ Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t
   TORCH_CHECK(
       !layers.empty(),
       "plan: no layer of the model knows memory settings; build it of remnant::nn's Transformer layers");
+  TORCH_CHECK(std::any_of(layers.begin(), layers.end(), trains),
+              "plan: the model is in eval mode, where layers keep nothing by choice; call train() first");
   Untouched untouched(model);
   std::vector<LayerMemory> before;
   before.reserve(layers.size());
@@ -369,7 +404,7 @@ Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t
       }
       Plan result;
       for (size_t l = 0; l < layers.size(); ++l) {
-        result.layers.push_back({layers[l].name, choices[chosen[l]], costs.kept(l, chosen[l]),
+        result.layers.push_back({layers[l].name, layers[l].module->memory(), costs.kept(l, chosen[l]),
                                  costs.added_ms(l, chosen[l]), costs.code_variance(l)});
       }
       result.budget_bytes = budget_bytes;
@@ -381,8 +416,8 @@ Plan plan(torch::nn::Module& model, const std::function<Tensor()>& loss, int64_t
       result.measured_ms = mixture.milliseconds;
       return result;
     }
-    TORCH_CHECK(false, "plan: no choice of what layers keep fits a budget of ", megabytes(budget_bytes),
-                "; the smallest peak found for these inputs is ", megabytes(smallest),
+    TORCH_CHECK(false, "plan: no choice of what layers keep fits a budget of ", rounded(budget_bytes, false),
+                "; the smallest peak found for these inputs is ", rounded(smallest, true),
                 ": raise the budget, or make the batch smaller");
   } catch (...) {
     for (size_t l = 0; l < layers.size(); ++l) layers[l].module->set_memory(before[l]);

@@ -57,9 +57,20 @@ MultiheadAttention make_attention(const TransformerLayerOptions& options) {
                                 .dropout(options.dropout())
                                 .bias(options.bias())
                                 .batch_first(options.batch_first())
-                                .policy(options.policy())
+                                .policy(options.memory().policy.value_or(options.policy()))
                                 .keep(options.memory().attention)
                                 .bits(options.memory().bits));
+}
+
+/// `layer` has the setting until now, whose policy ends with it.
+void set_attention(MultiheadAttentionImpl& attention, const TransformerLayerOptions& layer,
+                   const LayerMemory& memory) {
+  attention.options.keep(memory.attention).bits(memory.bits);
+  if (memory.policy.has_value()) {
+    attention.options.policy(*memory.policy);
+  } else if (layer.memory().policy.has_value()) {
+    attention.options.policy(layer.policy());
+  }
 }
 
 torch::nn::Linear make_linear(int64_t in, int64_t out, bool bias) {
@@ -194,19 +205,20 @@ Tensor TransformerEncoderLayerImpl::forward(const Tensor& src, const Tensor& src
                                             const Tensor& src_key_padding_mask, bool is_causal) {
   const memory::LayerScope scope(this);
   check_last_dim(src, kEncoderName, "src", options);
-  // A checkpoint outlives this call, and so must all it reads: the masks, and the layer where somebody owns
-  // it.
-  const auto body = [=, this, owner = weak_from_this().lock()](const Tensor& input) {
+  // A checkpoint outlives this call, and so must all it reads: the layer where somebody owns it. Masks are
+  // arguments, since they may have a gradient.
+  const auto body = [this, is_causal, owner = weak_from_this().lock()](
+                        const Tensor& input, const Tensor& mask, const Tensor& key_padding_mask) {
     return encode(*this, input, [&](const Tensor& x) {
-      return std::get<0>(self_attn(x, x, x, src_key_padding_mask, false, src_mask, true, is_causal));
+      return std::get<0>(self_attn(x, x, x, key_padding_mask, false, mask, true, is_causal));
     });
   };
-  return run_layer(*this, body, src);
+  return run_layer(*this, body, src, src_mask, src_key_padding_mask);
 }
 
 void TransformerEncoderLayerImpl::set_memory(const LayerMemory& memory) {
+  set_attention(*self_attn, options, memory);
   options.memory(memory);
-  self_attn->options.keep(memory.attention).bits(memory.bits);
 }
 
 void TransformerEncoderLayerImpl::pretty_print(std::ostream& stream) const {
@@ -241,9 +253,9 @@ void TransformerDecoderLayerImpl::reset() {
 }
 
 void TransformerDecoderLayerImpl::set_memory(const LayerMemory& memory) {
+  set_attention(*self_attn, options, memory);
+  set_attention(*multihead_attn, options, memory);
   options.memory(memory);
-  self_attn->options.keep(memory.attention).bits(memory.bits);
-  multihead_attn->options.keep(memory.attention).bits(memory.bits);
 }
 
 void TransformerDecoderLayerImpl::pretty_print(std::ostream& stream) const {
@@ -257,18 +269,22 @@ Tensor TransformerDecoderLayerImpl::forward(const Tensor& tgt, const Tensor& mem
   const remnant::memory::LayerScope scope(this);
   check_last_dim(tgt, kDecoderName, "tgt", options);
   check_last_dim(memory, kDecoderName, "memory", options);
-  const auto body = [=, this, owner = weak_from_this().lock()](const Tensor& target, const Tensor& source) {
+  const auto body = [this, tgt_is_causal, memory_is_causal, owner = weak_from_this().lock()](
+                        const Tensor& target, const Tensor& source, const Tensor& mask,
+                        const Tensor& source_mask, const Tensor& key_padding_mask,
+                        const Tensor& source_key_padding_mask) {
     return decode(
         *this, target,
         [&](const Tensor& x) {
-          return std::get<0>(self_attn(x, x, x, tgt_key_padding_mask, false, tgt_mask, true, tgt_is_causal));
+          return std::get<0>(self_attn(x, x, x, key_padding_mask, false, mask, true, tgt_is_causal));
         },
         [&](const Tensor& x) {
-          return std::get<0>(multihead_attn(x, source, source, memory_key_padding_mask, false, memory_mask,
+          return std::get<0>(multihead_attn(x, source, source, source_key_padding_mask, false, source_mask,
                                             true, memory_is_causal));
         });
   };
-  return run_layer(*this, body, tgt, memory);
+  return run_layer(*this, body, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+                   memory_key_padding_mask);
 }
 
 Tensor TransformerDecoderLayerImpl::forward_cached(const Tensor& tgt, const Tensor& memory,

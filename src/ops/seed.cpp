@@ -1,8 +1,10 @@
 #include "ops/seed.h"
 
+#include <remnant/rounding.h>
+
 #include <atomic>
 
-namespace remnant::ops {
+namespace remnant {
 
 namespace {
 
@@ -11,14 +13,25 @@ std::atomic<uint32_t>& current_salt() {
   return salt;
 }
 
+std::atomic<bool>& whole() {
+  static std::atomic<bool> whole = false;
+  return whole;
+}
+
 }  // namespace
 
-kernels::Seed seed_of(const at::Tensor& seed) {
+kernels::Seed ops::seed_of(const at::Tensor& seed) {
   return kernels::Seed::from(seed.const_data_ptr<int64_t>(), current_salt());
 }
+
+bool ops::keeps_whole() { return whole(); }
 
 RoundingSalt::RoundingSalt(uint32_t salt) : before_(current_salt().exchange(salt)) {}
 
 RoundingSalt::~RoundingSalt() { current_salt() = before_; }
 
-}  // namespace remnant::ops
+NoRounding::NoRounding() : before_(whole().exchange(true)) {}
+
+NoRounding::~NoRounding() { whole() = before_; }
+
+}  // namespace remnant

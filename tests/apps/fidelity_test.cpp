@@ -4,6 +4,7 @@
 #include "common/random_state.h"
 
 #include <remnant/nn/transformer.h>
+#include <remnant/plan.h>
 
 #include <gtest/gtest.h>
 #include <torch/nn/modules/linear.h>
@@ -14,6 +15,11 @@
 #include <ATen/ops/equal.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
+
+#include <array>
+#include <memory>
+#include <string>
+#include <vector>
 
 namespace remnant::app {
 namespace {
@@ -55,6 +61,102 @@ TEST(Fidelity, DropoutAfterAPolicyThatDrawsAnywayIsTheSame) {
     }
     EXPECT_EQ(layer->self_attn->options.policy(), policy);
   }
+}
+
+/// Two layers whose products, norms and attention keep codes.
+struct Coded : torch::nn::Module {
+  Coded(int64_t bits, bool norm_first, double dropout) {
+    torch::manual_seed(7);
+    for (int i = 0; i < 2; ++i) {
+      layers.push_back(register_module("layer" + std::to_string(i),
+                                       nn::TransformerEncoderLayer(nn::TransformerLayerOptions(16, 2)
+                                                                       .dim_feedforward(24)
+                                                                       .dropout(dropout)
+                                                                       .batch_first(true)
+                                                                       .norm_first(norm_first)
+                                                                       .memory(Memory::unbiased(bits)))));
+    }
+  }
+  Examples examples(const Tensor& x) {
+    return {static_cast<double>(x.size(0)), [this, x] {
+              Tensor y = x;
+              for (nn::TransformerEncoderLayer& layer : layers) y = layer->forward(y);
+              y.pow(3).mean().backward();
+            }};
+  }
+  std::vector<nn::TransformerEncoderLayer> layers;
+};
+
+TEST(Fidelity, CodesAreComparedWithWhatTheyStandFor) {
+  const Tensor x = at::randn({6, 20, 16});
+  for (const bool norm_first : {false, true}) {
+    for (const double dropout : {0.0, 0.5}) {
+      double coarser = 0.5;  // other masks would make it about 1
+      for (const int64_t bits : {2, 4, 8}) {
+        const auto owner = std::make_shared<Coded>(bits, norm_first, dropout);
+        Coded& model = *owner;
+        const Examples all = model.examples(x);
+        const std::array<Examples, 2> halves{model.examples(x.slice(0, 0, 3)),
+                                             model.examples(x.slice(0, 3, 6))};
+        double error = 0, added = 0;
+        constexpr int draws = 20;
+        for (int i = 0; i < draws; ++i) {
+          model.zero_grad();
+          const Tensor before = random_state();
+          all.accumulate();
+          const Tensor after = random_state(), gradient = model.layers[0]->linear1->weight.grad().clone();
+          const Fidelity fidelity = check_fidelity(model, before, all, halves);
+          EXPECT_TRUE(at::equal(random_state(), after));
+          EXPECT_TRUE(at::equal(model.layers[0]->linear1->weight.grad(), gradient));
+          error += fidelity.gradient_error / draws;
+          added += *fidelity.added_variance / draws;
+        }
+        EXPECT_LT(error, coarser) << bits << " bits, dropout " << dropout;
+        EXPECT_GT(error, 1e-4);
+        EXPECT_GT(added, 0);
+        coarser = error / 1.5;
+      }
+    }
+  }
+}
+
+TEST(Fidelity, TheNoiseOfCodesIsTheirDistanceFromTheExactGradient) {
+  const auto owner = std::make_shared<Coded>(4, true, 0.0);
+  Coded& model = *owner;
+  const Tensor x = at::randn({6, 20, 16});
+  const Examples all = model.examples(x);
+  const std::array<Examples, 2> halves{model.examples(x.slice(0, 0, 3)), model.examples(x.slice(0, 3, 6))};
+  const auto gradients = [&] {
+    std::vector<Tensor> found;
+    for (const Tensor& parameter : model.parameters()) found.push_back(parameter.grad().clone());
+    return found;
+  };
+  const auto squares = [](const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
+    double sum = 0;
+    for (size_t i = 0; i < a.size(); ++i) sum += (a[i] - b[i]).square().sum().item<double>();
+    return sum;
+  };
+  set_memory(model, LayerMemory::parse("norm=output"));
+  std::array<std::vector<Tensor>, 2> parts;
+  for (size_t i = 0; i < 2; ++i) {
+    model.zero_grad();
+    halves.at(i).accumulate();
+    parts.at(i) = gradients();
+  }
+  model.zero_grad();
+  all.accumulate();
+  const std::vector<Tensor> exact = gradients();
+  const double variance = squares(parts[0], parts[1]) / 4;
+  set_memory(model, Memory::unbiased(4));
+  double added = 0, distance = 0;
+  for (int i = 0; i < 60; ++i) {
+    model.zero_grad();
+    const Tensor before = random_state();
+    all.accumulate();
+    distance += squares(gradients(), exact) / variance;
+    added += *check_fidelity(model, before, all, halves).added_variance;
+  }
+  EXPECT_NEAR(added / distance, 1, 0.15);
 }
 
 TEST(Fidelity, TheErrorsAverageIsTheVarianceThatAnUnbiasedPolicyAdds) {

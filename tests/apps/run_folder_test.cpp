@@ -460,7 +460,9 @@ TEST_F(RunFolderTest, CreateWriteOpenRead) {
 }
 
 TEST_F(RunFolderTest, ARunIsNotOverwritten) {
-  RunFolder::create(folder_ / "run", false).write_json("config.json", {{"seed", 1}});
+  const RunFolder run = RunFolder::create(folder_ / "run", false);
+  run.write_json("config.json", {{"seed", 1}});
+  run.append_metrics({{"step", 1}});
   EXPECT_EQ(error_of([&] { RunFolder::create(folder_ / "run", false); }),
             (folder_ / "run").string() + " already holds a run: choose another --out or pass --resume");
   const RunFolder resumed = RunFolder::create(folder_ / "run", true);
@@ -468,6 +470,23 @@ TEST_F(RunFolderTest, ARunIsNotOverwritten) {
   // A folder with other things in it is no run.
   write(folder_ / "notes", "");
   RunFolder::create(folder_, false);
+}
+
+TEST_F(RunFolderTest, ARunThatDidNoStepIsBegunAnew) {
+  const RunFolder run = RunFolder::create(folder_ / "run", false);
+  for (const char* name : {"config.json", "memory.json", "plan.json", "other.json"})
+    run.write_json(name, {{"seed", 1}});
+  EXPECT_FALSE(RunFolder::is_taken(run.path()));
+  RunFolder::create(run.path(), true);
+  EXPECT_TRUE(fs::exists(run.path() / "plan.json"));
+  RunFolder::create(run.path(), false);
+  EXPECT_FALSE(fs::exists(run.path() / "memory.json") || fs::exists(run.path() / "plan.json"));
+  EXPECT_TRUE(fs::exists(run.path() / "other.json"));
+  for (const char* name : {"checkpoint", "checkpoint.old", "best"}) {
+    fs::create_directory(run.path() / name);
+    EXPECT_TRUE(RunFolder::is_taken(run.path())) << name;
+    fs::remove(run.path() / name);
+  }
 }
 
 TEST_F(RunFolderTest, WhatIsMissingOrWrongIsNamed) {

@@ -127,6 +127,31 @@ TEST(Plan, MeasuresTheNoiseOfCodes) {
     EXPECT_TRUE(at::equal(parameter.grad(), at::ones_like(parameter)));
 }
 
+TEST(Plan, ARefusalNamesABudgetThatFits) {
+  torch::manual_seed(1);
+  Language model;
+  const auto loss = [&] { return model.loss(4, 32); };
+  std::string message;
+  try {
+    plan(model, loss, 10'000);
+  } catch (const c10::Error& error) {
+    message = error.what_without_backtrace();
+  }
+  EXPECT_NE(message.find("fits a budget of 10 kB;"), std::string::npos) << message;
+  const std::string before = "inputs is ";
+  const size_t begin = message.find(before) + before.size(), end = message.find(" kB: raise", begin);
+  ASSERT_NE(end, std::string::npos) << message;
+  const int64_t smallest = 1000 * std::stoll(message.substr(begin, end - begin));
+  EXPECT_LE(plan(model, loss, smallest).measured_peak_bytes, smallest);
+}
+
+TEST(Plan, AModelThatOnlyEvaluatesIsRefused) {
+  Language model;
+  model.eval();
+  const auto loss = [&] { return model.loss(4, 32); };
+  test::expect_error([&] { plan(model, loss, 1'000'000'000); }, {"eval mode", "train()"});
+}
+
 TEST(Plan, PredictsFromShapesAlone) {
   // (3 + 5 b) (7 + 11 l + 2 l^2), which two batches and three lengths determine.
   const auto bytes = [](int64_t b, int64_t l) { return (3 + 5 * b) * (7 + 11 * l + 2 * l * l); };

@@ -1,6 +1,7 @@
 // Settings: what layers keep changes their bytes and nothing else.
 
 #include <remnant/memory.h>
+#include <remnant/nn/layers.h>
 #include <remnant/nn/transformer.h>
 #include <remnant/plan.h>
 #include <remnant/setting.h>
@@ -53,7 +54,11 @@ TEST(Memory, IsReadAndWritten) {
   EXPECT_NE(message([] { Memory::parse("budget=60"); }).find("as in budget=60MB, got '60'"),
             std::string::npos);
   EXPECT_NE(message([] { Memory::parse("unbiased:bits=3"); }).find("8, 4 or 2 bits"), std::string::npos);
-  EXPECT_NE(message([] { Memory::parse("unbiassed"); }).find("did you mean 'unbiased'"), std::string::npos);
+  EXPECT_NE(message([] { Memory::parse("unbiassed"); }).find("did you mean 'unbiased:bits=4'"),
+            std::string::npos);
+  EXPECT_NE(message([] { Memory::parse("unbiased"); }).find("did you mean 'unbiased:bits=4'"),
+            std::string::npos);
+  EXPECT_NE(message([] { Memory::parse("budgt"); }).find("did you mean 'budget=60MB'"), std::string::npos);
   EXPECT_NE(message([] { Memory::unbiased(5); }).find("got 5"), std::string::npos);
   EXPECT_NE(message([] { Memory::parse("budget=-1MB"); }).find("at least 1 B"), std::string::npos);
   for (const char* text :
@@ -65,9 +70,11 @@ TEST(Memory, IsReadAndWritten) {
 }
 
 TEST(LayerMemory, IsReadAndWritten) {
-  for (const char* text : {"attention=input,hidden=recompute,dropout=seed,norm=output", "checkpoint",
-                           "attention=projections,hidden=keep,dropout=noise,norm=input",
-                           "attention=projections,hidden=keep,dropout=seed,norm=output,bits=4"}) {
+  for (const char* text :
+       {"attention=input,hidden=recompute,dropout=seed,norm=output", "checkpoint",
+        "attention=projections,hidden=keep,dropout=noise,norm=input",
+        "attention=projections,hidden=keep,dropout=seed,norm=output,bits=4",
+        "attention=input,hidden=keep,dropout=seed,norm=output,policy=curve:m=4,paper_text"}) {
     EXPECT_EQ(LayerMemory::parse(text).str(), text);
   }
   EXPECT_EQ(LayerMemory::parse("exact"), LayerMemory(Memory::exact()));
@@ -82,6 +89,22 @@ TEST(LayerMemory, IsReadAndWritten) {
   EXPECT_NE(message([] { LayerMemory::parse("hiden=keep"); }).find("did you mean 'hidden'"),
             std::string::npos);
   EXPECT_NE(message([] { LayerMemory::parse("hidden=maybe"); }).find("recompute or keep"), std::string::npos);
+}
+
+TEST(LayerMemory, TakesAPolicyOfAttention) {
+  for (const char* text :
+       {"recompute", "curve:m=4", "curve:m=4,paper_text", "quantized:bits=4", "sampled:m=128", "top:m=32"}) {
+    LayerMemory want = Memory::exact();
+    want.policy = Policy::parse(text);
+    EXPECT_EQ(LayerMemory::parse(text), want) << text;
+    EXPECT_EQ(LayerMemory::parse(want.str()), want) << want.str();
+  }
+  EXPECT_EQ(LayerMemory::parse("exact"), LayerMemory(Memory::exact()));
+  EXPECT_NE(message([] { LayerMemory::parse("curv:m=4"); }).find("did you mean 'curve'"), std::string::npos);
+  EXPECT_NE(message([] { LayerMemory::parse("attention=eager,policy=top:m=2"); }).find("takes no policy"),
+            std::string::npos);
+  EXPECT_NE(message([] { LayerMemory::parse("norm=output,bits=4,policy=top:m=2"); }).find("no policy"),
+            std::string::npos);
 }
 
 nn::TransformerLayerOptions options(bool norm_first, double dropout) {
@@ -117,6 +140,39 @@ struct Inputs {
   Tensor padding = at::rand({3, 17}).gt(0.7);
 };
 
+TEST(SetMemory, APolicyIsThatOfTheLayersAttention) {
+  Model model(options(true, 0.0).policy(Policy::top(3)));
+  auto& layer = *model.encoder[0]->as<nn::TransformerEncoderLayer>();
+  const auto policies = [&] {
+    return std::vector<Policy>{layer.self_attn->options.policy(), model.decoder->self_attn->options.policy(),
+                               model.decoder->multihead_attn->options.policy()};
+  };
+  set_memory(model, {{"*", LayerMemory::parse("curve:m=2")}});
+  EXPECT_EQ(policies(), std::vector<Policy>(3, Policy::curve(2)));
+  const auto given = get_memory(model);
+  // The setting takes it away again.
+  set_memory(model, Memory::exact());
+  EXPECT_EQ(policies(), std::vector<Policy>(3, Policy::top(3)));
+  set_memory(model, given);
+  EXPECT_EQ(policies(), std::vector<Policy>(3, Policy::curve(2)));
+  // From the start.
+  nn::TransformerEncoderLayer built(options(true, 0.0).memory(LayerMemory::parse("quantized:bits=8")));
+  EXPECT_EQ(built->self_attn->options.policy(), Policy::quantized(8));
+
+  struct Normed : torch::nn::Module {
+    nn::LayerNorm norm = register_module("norm", nn::LayerNorm(torch::nn::LayerNormOptions({4})));
+    nn::TransformerEncoderLayer layer =
+        register_module("layer", nn::TransformerEncoderLayer(options(true, 0.0)));
+  } normed;
+  EXPECT_NE(message([&] {
+              set_memory(normed, {{"norm", LayerMemory::parse("curve:m=2")}});
+            }).find("'curve:m=2' is a policy of attention, which no layer has that fits the pattern 'norm'"),
+            std::string::npos);
+  set_memory(normed, {{"*", LayerMemory::parse("curve:m=2")}});
+  EXPECT_EQ(normed.layer->self_attn->options.policy(), Policy::curve(2));
+  set_memory(normed, get_memory(normed));
+}
+
 std::vector<Tensor> gradients(Model& model, const Inputs& in, Tensor* output = nullptr) {
   for (Tensor& parameter : model.parameters()) parameter.mutable_grad() = Tensor();
   const Tensor y = model.forward(in.source, in.padding, in.target);
@@ -125,6 +181,19 @@ std::vector<Tensor> gradients(Model& model, const Inputs& in, Tensor* output = n
   std::vector<Tensor> grads;
   for (const Tensor& parameter : model.parameters()) grads.push_back(parameter.grad().clone());
   return grads;
+}
+
+TEST(SetMemory, APolicysGradientIsThatOfTheModule) {
+  const Inputs in;
+  torch::manual_seed(4);
+  Model model(options(true, 0.0).policy(Policy::curve(2)));
+  set_memory(model, Memory::exact());
+  const std::vector<Tensor> want = gradients(model, in);
+  torch::manual_seed(4);
+  Model same(options(true, 0.0));
+  set_memory(same, {{"*", LayerMemory::parse("curve:m=2")}});
+  const std::vector<Tensor> have = gradients(same, in);
+  for (size_t i = 0; i < want.size(); ++i) EXPECT_TRUE(at::equal(have[i], want[i])) << i;
 }
 
 class Settings : public testing::TestWithParam<std::tuple<const char*, bool>> {};

@@ -62,6 +62,8 @@ Column number_column(std::string title, const std::string& key, int digits) {
 }
 
 std::string folder_name(std::string setting) {
+  // A file by its name alone.
+  if (setting.ends_with(".json")) setting = std::filesystem::path(setting).filename().string();
   const auto joins = [](char c) { return c == ':' || c == '=' || c == ',' || c == '/'; };
   std::replace_if(setting.begin(), setting.end(), joins, '-');
   return setting;

@@ -104,7 +104,7 @@ int compare(const Options& options, const std::vector<std::string>& settings,
       }
     }
     // Hours of training may lie between this and the folder's turn.
-    if (!options.resume && fs::exists(fs::path(each.out) / "config.json")) {
+    if (!options.resume && RunFolder::is_taken(each.out)) {
       throw Error(each.out + " already holds a run: choose another --out, or go on with it by --resume");
     }
     runs.push_back(std::move(each));

@@ -4,13 +4,16 @@
 #include "common/random_state.h"
 
 #include <remnant/nn/attention.h>
+#include <remnant/plan.h>
 #include <remnant/policy.h>
+#include <remnant/rounding.h>
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <torch/nn/module.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -34,7 +37,7 @@ Policy exact_for(const nn::MultiheadAttentionOptions& options) {
   return Policy::recompute();
 }
 
-/// Attention has exact gradients while alive.
+/// All layers have exact gradients while alive.
 class ExactGradients {
  public:
   explicit ExactGradients(const torch::nn::Module& model) {
@@ -54,8 +57,14 @@ class ExactGradients {
   bool any() const { return !layers_.empty(); }
 
  private:
+  NoRounding no_rounding_;
   std::vector<std::pair<std::shared_ptr<nn::MultiheadAttentionImpl>, Policy>> layers_;
 };
+
+bool keeps_codes(torch::nn::Module& model) {
+  const auto layers = get_memory(model);
+  return std::any_of(layers.begin(), layers.end(), [](const auto& layer) { return layer.second.bits > 0; });
+}
 
 /// The parameters' gradients, put back at the end: the very tensors, since an optimizer may hold them.
 class SetAside {
@@ -125,20 +134,29 @@ double share(double part, double whole) {
 Fidelity check_fidelity(torch::nn::Module& model, const Tensor& random_before, const Examples& all,
                         const std::optional<std::array<Examples, 2>>& halves) {
   const KeepRandomState keep;
+  SetAside passes(model);
+  const Tensor random_after = random_state();
+  const auto same_draws = [&] {
+    set_random_state(random_before);
+    Gradients found = passes.of(all);
+    if (at::equal(random_state(), random_after)) return found;
+    throw Error(
+        "the fidelity check's exact pass drew other random numbers than the step, so their dropout differs: "
+        "run without the check");
+  };
+  std::optional<double> noise;
+  if (halves.has_value() && keeps_codes(model)) {
+    const RoundingSalt salt(1);
+    const Gradients again = same_draws();
+    const at::NoGradGuard no_grad;
+    noise = squared_distance(passes.gradients(), again) / 2;
+  }
+
   const ExactGradients policies(model);
   if (!policies.any()) {
     throw Error("the fidelity check found no attention layer in the model, so there is nothing to compare");
   }
-  SetAside passes(model);
-
-  const Tensor random_after = random_state();
-  set_random_state(random_before);
-  Gradients exact = passes.of(all);
-  if (!at::equal(random_state(), random_after)) {
-    throw Error(
-        "the fidelity check's exact pass drew other random numbers than the step, so their dropout differs: "
-        "run without the check");
-  }
+  Gradients exact = same_draws();
 
   const at::NoGradGuard no_grad;
   Fidelity fidelity;
@@ -153,7 +171,7 @@ Fidelity check_fidelity(torch::nn::Module& model, const Tensor& random_before, c
     const auto& [first, second] = *halves;
     const Gradients a = gradient_of(first), b = gradient_of(second);
     const double part = first.weight / (first.weight + second.weight);
-    fidelity.added_variance = share(error, part * (1 - part) * squared_distance(a, b));
+    fidelity.added_variance = share(noise.value_or(error), part * (1 - part) * squared_distance(a, b));
   }
   return fidelity;
 }

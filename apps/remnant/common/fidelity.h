@@ -16,7 +16,8 @@ namespace remnant::app {
 struct Fidelity {
   double gradient_error = 0;  ///< |g - g_exact| / |g_exact|
   /// |g - g_exact|^2 over the variance that the choice of the minibatch gives g_exact: for an unbiased policy
-  /// the variance it adds, for a biased one its squared bias on this batch. Empty without halves.
+  /// the variance it adds, for a biased one its squared bias on this batch. Where layers keep codes
+  /// |g - g'|^2 / 2 in its place, g' from a pass that rounds by other draws. Empty without halves.
   std::optional<double> added_variance;
 };
 
@@ -27,10 +28,10 @@ struct Examples {
 };
 
 /// Compares the gradient that a step left in `model`'s parameters with the one of a further pass over the
-/// same examples whose attention has exact gradients. That pass starts from `random_before`, the state
-/// that the step's own started from, and so sees the same dropout. `halves` split the examples in two; from
-/// their exact gradients a and b with shares s and 1 - s of the weight, the variance of the whole is taken to
-/// be s (1 - s) |a - b|^2.
+/// same examples whose attention has exact gradients and whose layers keep no codes. That pass starts from
+/// `random_before`, the state that the step's own started from, and so sees the same dropout. `halves` split
+/// the examples in two; from their exact gradients a and b with shares s and 1 - s of the weight, the
+/// variance of the whole is taken to be s (1 - s) |a - b|^2.
 ///
 /// Leaves parameters, gradients, policies and the random state as they were. Throws Error when the exact
 /// pass did not draw the step's random numbers, or when no layer of `model` is a nn::MultiheadAttention.

@@ -8,6 +8,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace remnant::app {
 
@@ -20,11 +21,26 @@ void require_at_least(const char* flag, int64_t value, int64_t least) {
                    std::to_string(value));
 }
 
+void require_finite(const char* flag, double value) {
+  if (std::isfinite(value)) return;
+  throw UsageError(std::string("--") + flag + " should be a finite number, got " + std::to_string(value));
+}
+
 namespace {
 
-/// A setting in its usual spelling; a file as it is.
+/// A setting in its usual spelling; a file by its absolute path, and read, before a folder is made.
 void check_memory(TrainingOptions& options, const char* alone) {
-  if ((alone != nullptr && options.memory == alone) || options.memory.ends_with(".json")) return;
+  if (alone != nullptr && options.memory == alone) return;
+  if (options.memory.ends_with(".json")) {
+    options.memory = fs::absolute(options.memory).lexically_normal().string();
+    const fs::path file = memory_file(options);
+    try {
+      layer_choices(read_json_file(file), file);
+    } catch (const Error& error) {
+      throw UsageError(std::string("--memory: ") + error.what());
+    }
+    return;
+  }
   try {
     options.memory = Memory::parse(options.memory).str();
   } catch (const c10::Error& error) {
@@ -34,6 +50,30 @@ void check_memory(TrainingOptions& options, const char* alone) {
 }
 
 }  // namespace
+
+fs::path memory_file(const TrainingOptions& options) {
+  const fs::path kept = fs::path(options.out) / kMemoryCopy;
+  const bool gone = options.resume && !fs::exists(options.memory) && fs::exists(kept);
+  return gone ? kept : fs::path(options.memory);
+}
+
+std::vector<std::pair<std::string, LayerMemory>> layer_choices(const ordered_json& layers,
+                                                               const fs::path& file) {
+  if (!layers.is_object()) throw Error(file.string() + " should be an object {layer pattern: choices}");
+  std::vector<std::pair<std::string, LayerMemory>> patterns;
+  for (const auto& [name, choices] : layers.items()) {
+    if (!choices.is_string()) {
+      throw Error(file.string() + ": the choices of " + name +
+                  " should be a string, such as \"exact\" or \"curve:m=4\"");
+    }
+    try {
+      patterns.emplace_back(name, LayerMemory::parse(choices.get<std::string>()));
+    } catch (const c10::Error& error) {
+      throw Error(file.string() + ": " + error.what_without_backtrace());
+    }
+  }
+  return patterns;
+}
 
 void require_one_of(const char* flag, const std::string& value, const std::vector<std::string>& choices) {
   if (std::find(choices.begin(), choices.end(), value) != choices.end()) return;
@@ -55,6 +95,8 @@ void check_shared(TrainingOptions& options, const char* alone) {
   require_at_least("threads", options.threads, 0);
   if (!(options.learning_rate > 0)) throw UsageError("--lr should be above 0");
   if (!(options.clip >= 0)) throw UsageError("--clip should be at least 0");
+  require_finite("lr", options.learning_rate);
+  require_finite("clip", options.clip);
   require_one_of("precision", options.precision, {"fp32", "bf16"});
   check_memory(options, alone);
 }
@@ -118,7 +160,13 @@ RunFolder prepare_run(const TrainingOptions& options, const ordered_json& config
 void require_same_data(const RunFolder& run, const TrainingOptions& options, const std::string& fingerprint) {
   if (!options.resume || !fs::exists(run.path() / "config.json")) return;
   const ordered_json before = run.read_json("config.json");
-  if (before.value("data_fingerprint", ordered_json()) == fingerprint) return;
+  const ordered_json found = before.value("data_fingerprint", ordered_json());
+  if (found == fingerprint) return;
+  if (found.is_null()) {
+    throw Error(
+        "cannot resume " + run.path().string() +
+        ": its config.json has no data_fingerprint, so it does not say which data it was started with");
+  }
   throw Error("cannot resume " + run.path().string() + ": the content of " + options.data +
               " is not the one that it was started with");
 }

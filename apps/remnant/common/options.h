@@ -3,12 +3,15 @@
 #include "common/error.h"
 #include "common/run_folder.h"
 
+#include <remnant/setting.h>
+
 #include <nlohmann/json.hpp>
 
 #include <cstdint>
 #include <filesystem>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace remnant::app {
@@ -36,6 +39,9 @@ struct TransformerOptions : TrainingOptions {
 
 /// --memory: attention keeps what its policy says, the rest what PyTorch keeps but for dropout.
 inline constexpr const char* kAttentionAlone = "attention";
+
+/// The run's copy of a --memory that is a file.
+inline constexpr const char* kMemoryCopy = "layers.json";
 
 /// Whether a run may go on with another value of an option than it was started with.
 enum class Resume { same, any };
@@ -77,7 +83,8 @@ void visit_training_options(Options& o, const Visit& visit, const char* batch_he
   visit_shared_options(
       o, visit, batch_help,
       "what layers keep: attention (its policy alone), eager, exact, unbiased:bits=4, budget=60MB (of a "
-      "step's peak; budget=60MB,bits=4: codes too), or a JSON file of {layer pattern: choices}");
+      "step's peak; budget=60MB,bits=4: codes too), or a JSON file of {layer pattern: choices}, which may be "
+      "attention policies");
   visit("fidelity-every", o.fidelity_every, Resume::any,
         "steps between comparisons with the exact gradient, 0: none");
 }
@@ -85,9 +92,20 @@ void visit_training_options(Options& o, const Visit& visit, const char* batch_he
 /// Throws UsageError where `value` is below `least`.
 void require_at_least(const char* flag, int64_t value, int64_t least);
 
+/// Throws UsageError where `value` is infinite or NaN.
+void require_finite(const char* flag, double value);
+
 /// Throws UsageError on values that cannot be; puts the memory setting in its usual spelling. `alone`: the
 /// program's own word for --memory, if it has one.
 void check_shared(TrainingOptions& options, const char* alone = nullptr);
+
+/// Of a --memory that is a file: the file, or the copy of it in the run that is resumed where the file is
+/// gone.
+std::filesystem::path memory_file(const TrainingOptions& options);
+
+/// What {layer pattern: choices} says. Throws Error, naming `file`, on anything else.
+std::vector<std::pair<std::string, LayerMemory>> layer_choices(const nlohmann::ordered_json& layers,
+                                                               const std::filesystem::path& file);
 
 /// The same for a Transformer's options, with the policy.
 void check_transformer(TransformerOptions& options);
@@ -109,13 +127,14 @@ std::string json_key(std::string flag);
 /// The program's version.
 std::string version();
 
-/// What config.json says of the options.
+/// What config.json says of the options. Throws UsageError on a number that JSON has no word for.
 template <typename Options>
 nlohmann::ordered_json config_of(const Options& options) {
   nlohmann::ordered_json config;
   config["program"] = Options::kProgram;
   config["version"] = version();
   visit_options(options, [&](const char* flag, const auto& field, Resume, const char*) {
+    if constexpr (std::is_same_v<decltype(field), const double&>) require_finite(flag, field);
     config[json_key(flag)] = field;
   });
   return config;
@@ -156,7 +175,8 @@ std::vector<std::string> fixed_keys(const Options& options) {
 RunFolder prepare_run(const TrainingOptions& options, const nlohmann::ordered_json& config,
                       const std::vector<std::string>& fixed);
 
-/// Throws Error when the run was started with other data: with another `fingerprint` in its config.json.
+/// Throws Error when the run was started with other data: with another `fingerprint` in its config.json, or
+/// with none.
 void require_same_data(const RunFolder& run, const TrainingOptions& options, const std::string& fingerprint);
 
 /// Writes config.json: `config`, the threads in use, and what the program adds.

@@ -2,6 +2,8 @@
 
 #include <sys/file.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <optional>
@@ -14,6 +16,11 @@ namespace remnant::app {
 namespace {
 
 namespace fs = std::filesystem;
+
+/// What only a run has that did a step, and what a run writes before; of those a new one might take an old
+/// one for its own.
+constexpr std::array kTrained{"checkpoint", "checkpoint.old", "best", "metrics.jsonl", "summary.json"};
+constexpr std::array kBeforeTraining{"memory.json", "plan.json", "layers.json", "timeline.json"};
 
 fs::path parent_of(const fs::path& path) {
   const fs::path parent = path.parent_path();
@@ -144,6 +151,13 @@ void replace_directory_atomically(const fs::path& path, const std::function<void
   fs::remove_all(old, ignored);
 }
 
+bool RunFolder::is_taken(const fs::path& path) {
+  std::error_code ignored;
+  if (!fs::exists(path / "config.json", ignored)) return false;
+  return std::any_of(kTrained.begin(), kTrained.end(),
+                     [&](const char* name) { return fs::exists(path / name, ignored); });
+}
+
 RunFolder RunFolder::create(const fs::path& path, bool resume) {
   std::error_code code;
   if (fs::exists(path, code) && !fs::is_directory(path, code)) {
@@ -153,8 +167,11 @@ RunFolder RunFolder::create(const fs::path& path, bool resume) {
   if (code) throw_system_error("make the folder", path, code.value());
   RunFolder folder;
   folder.path_ = path;
-  if (!resume && fs::exists(path / "config.json", code)) {
+  if (!resume && is_taken(path)) {
     throw Error(path.string() + " already holds a run: choose another --out or pass --resume");
+  }
+  if (!resume && fs::exists(path / "config.json", code)) {
+    for (const char* name : kBeforeTraining) fs::remove(path / name, code);
   }
   recover_directory(path / "checkpoint");
   return folder;

@@ -45,7 +45,11 @@ nlohmann::ordered_json read_json_file(const std::filesystem::path& file);
 /// vocabularies, TensorBoard events.
 class RunFolder {
  public:
-  /// Makes the folder. Throws Error when it already holds a run (unless `resume`).
+  /// Whether `path` holds something that was trained. What a run leaves that ended before its first step does
+  /// not count.
+  static bool is_taken(const std::filesystem::path& path);
+  /// Makes the folder; without `resume` removes what such a run has left. Throws Error when it already holds
+  /// a run (unless `resume`).
   static RunFolder create(const std::filesystem::path& path, bool resume);
   /// Opens an existing run for reading. Throws Error naming what is missing.
   static RunFolder open(const std::filesystem::path& path);

@@ -19,6 +19,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <iostream>
 #include <limits>
 #include <map>
@@ -154,7 +155,8 @@ class Trainer {
     if (!resumed || !fs::exists(run_.path() / "timeline.json")) traces_left_ = 2;
     announce(resumed);
     set_memory();
-    if (!fs::exists(run_.path() / "memory.json")) write_memory();
+    if (!resumed || !has_memory()) write_memory();
+    stop_if_interrupted();
     events_ = std::make_unique<EventWriter>(run_.path());
   }
 
@@ -192,12 +194,16 @@ class Trainer {
   }
 
   /// The plan of a budget stays with the run: what layers keep decides how they draw dropout, and times
-  /// differ from one run to the next.
+  /// differ from one run to the next. So does a file's content.
   void set_memory() {
     const std::string& setting = options_.memory;
     if (setting == kAttentionAlone) return;
     if (setting.ends_with(".json")) {
-      set_memory_of(read_json_file(setting), setting);
+      const fs::path file = memory_file(options_);
+      const ordered_json layers = read_json_file(file);
+      if (file != setting) std::cerr << setting << " is gone: going on with the run's copy of it\n";
+      set_memory_of(layers, file);
+      run_.write_json(kMemoryCopy, layers);
       return;
     }
     const Memory memory = Memory::parse(setting);
@@ -205,21 +211,20 @@ class Trainer {
       remnant::set_memory(model_, memory);
       return;
     }
+    budget_ = memory.bytes;
     const fs::path file = run_.path() / "plan.json";
     if (fs::exists(file)) {
       const ordered_json before = run_.read_json("plan.json");
       if (before.value("memory", "") == setting) {
-        set_memory_of(before.value("layers", ordered_json()), file.string());
+        set_memory_of(before.value("layers", ordered_json()), file);
         return;
       }
     }
     const KeepRandomState keep;
     const KeepBuffers keep_buffers(model_);
-    const Minibatch largest = largest_batch();
     model_.train();
     try {
-      const Plan plan = remnant::plan(
-          model_, [&] { return batch_loss(largest, largest.terms, bf16()); }, memory.bytes, memory.bits);
+      const Plan plan = plan_for(largest_batches(), memory);
       if (!options_.quiet) std::cerr << plan.table();
       ordered_json layers, variances = ordered_json::object();
       for (const PlannedLayer& layer : plan.layers) {
@@ -238,33 +243,85 @@ class Trainer {
     }
   }
 
-  void set_memory_of(const ordered_json& layers, const std::string& file) {
-    if (!layers.is_object()) throw Error(file + " should be an object {layer pattern: choices}");
-    std::vector<std::pair<std::string, LayerMemory>> patterns;
-    for (const auto& [name, choices] : layers.items()) {
-      if (!choices.is_string()) throw Error(file + ": the choices of " + name + " should be a string");
-      try {
-        patterns.emplace_back(name, LayerMemory::parse(choices.get<std::string>()));
-      } catch (const c10::Error& error) {
-        throw Error(file + ": " + error.what_without_backtrace());
-      }
-    }
+  void set_memory_of(const ordered_json& layers, const fs::path& file) {
     try {
-      remnant::set_memory(model_, patterns);
+      remnant::set_memory(model_, layer_choices(layers, file));
     } catch (const c10::Error& error) {
-      throw Error(file + ": " + error.what_without_backtrace());
+      // Its patterns, which only a model can tell to be wrong.
+      throw UsageError(file.string() + ": " + error.what_without_backtrace());
     }
   }
 
-  /// Of the first epoch.
-  Minibatch largest_batch() {
-    const int64_t total = task_.start_epoch(0);
-    Minibatch largest;
-    for (int64_t i = 0; i < total; ++i) {
-      std::vector<Minibatch> found = task_.batches(i, 1);
-      if (found.front().tokens > largest.tokens) largest = std::move(found.front());
+  /// All sizes but the rows; padding's, where there is any, stand last.
+  static std::vector<int64_t> lengths_of(const Minibatch& batch) {
+    std::vector<int64_t> lengths;
+    for (const Tensor& input : batch.inputs) {
+      lengths.insert(lengths.end(), input.sizes().begin() + 1, input.sizes().end());
     }
+    return lengths;
+  }
+
+  static bool covers(const Minibatch& a, const Minibatch& b) {
+    const std::vector<int64_t> large = lengths_of(a), small = lengths_of(b);
+    return a.inputs[0].size(0) >= b.inputs[0].size(0) && large.size() >= small.size() &&
+           std::equal(small.begin(), small.end(), large.begin(), std::less_equal<>());
+  }
+
+  /// With padding.
+  static int64_t elements(const Minibatch& batch) {
+    int64_t sum = 0;
+    for (const Tensor& input : batch.inputs) sum += input.numel();
+    return sum;
+  }
+
+  /// Those of all epochs that no other batch covers: most rows, or the longest. The largest first.
+  std::vector<Minibatch> largest_batches() {
+    std::vector<Minibatch> largest;
+    for (int64_t epoch = 0; epoch < options_.epochs; ++epoch) {
+      const int64_t total = task_.start_epoch(epoch);
+      std::optional<std::vector<int64_t>> lengths;
+      bool alike = true;
+      for (int64_t i = 0; i < total; ++i) {
+        stop_if_interrupted();
+        Minibatch batch = task_.batches(i, 1).front();
+        const auto covers_it = [&](const Minibatch& other) { return covers(other, batch); };
+        if (!lengths.has_value()) lengths = lengths_of(batch);
+        alike = alike && lengths_of(batch) == *lengths;
+        if (std::any_of(largest.begin(), largest.end(), covers_it)) continue;
+        std::erase_if(largest, [&](const Minibatch& other) { return covers(batch, other); });
+        largest.push_back(std::move(batch));
+      }
+      if (alike) break;  // no other epoch has longer ones
+    }
+    std::sort(largest.begin(), largest.end(),
+              [](const Minibatch& a, const Minibatch& b) { return elements(a) > elements(b); });
+    constexpr size_t most = 6;
+    if (largest.size() > most) largest.resize(most);
     return largest;
+  }
+
+  /// A plan for the first batch that holds for all; else for one of them that it did not hold for.
+  Plan plan_for(const std::vector<Minibatch>& batches, const Memory& memory) {
+    size_t planned = 0;
+    for (size_t attempt = 1;; ++attempt) {
+      const Minibatch& batch = batches[planned];
+      const auto loss = [&] {
+        stop_if_interrupted();
+        return batch_loss(batch, batch.terms, bf16());
+      };
+      Plan plan = remnant::plan(model_, loss, memory.bytes, memory.bits);
+      int64_t highest = memory.bytes;
+      for (size_t i = 0; i < batches.size(); ++i) {
+        if (batches.size() == 1) break;
+        stop_if_interrupted();
+        const int64_t peak = accumulate_gradients({batches[i]}, bf16()).peak_bytes;
+        if (peak <= highest) continue;
+        highest = peak;
+        planned = i;
+      }
+      optimizer_->zero_gradients();
+      if (highest == memory.bytes || attempt == batches.size()) return plan;
+    }
   }
 
   using BytesByLayer = std::map<std::string, double>;
@@ -292,6 +349,7 @@ class Trainer {
     BytesByLayer sums;
     for (size_t i = 0; i < numbers.size(); ++i) {
       for (size_t j = 0; j < lengths.size(); ++j) {
+        stop_if_interrupted();
         const Minibatch part = probe.part(numbers[i], lengths[j]);
         const memory::Recorder recorder(&model_);
         const Tensor loss = batch_loss(part, part.terms, bf16());
@@ -334,6 +392,15 @@ class Trainer {
                         {"eager_bytes", bytes_of(eager, layer)}});
     }
     return layers;
+  }
+
+  /// Not one that a crash has damaged, as the end of the training would find.
+  bool has_memory() const {
+    try {
+      return run_.read_json("memory.json").is_object();
+    } catch (const Error&) {
+      return false;
+    }
   }
 
   /// Layer by layer what a forward pass keeps.
@@ -419,10 +486,14 @@ class Trainer {
     if (!std::isfinite(cost.loss) || !std::isfinite(norm)) {
       progress.clear();
       throw Error("training diverged: loss or gradient is not finite at step " + std::to_string(step_ + 1) +
-                  "; try a smaller --lr (the last checkpoint is kept)");
+                  "; try a smaller --lr (" +
+                  (fs::exists(run_.path() / "checkpoint") ? "the last checkpoint is kept"
+                                                          : "there is no checkpoint yet") +
+                  ")");
     }
     optimizer_->step(rate);
     ++step_;
+    if (budget_ > 0 && cost.peak_bytes > budget_) warn_of(cost.peak_bytes, progress);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     if (trace.has_value()) trace->write(run_, step_, cost.kept_bytes);
     trace.reset();
@@ -455,6 +526,15 @@ class Trainer {
     events_->scalar("memory/peak_bytes", static_cast<double>(cost.peak_bytes), step_);
     progress.update(step_of_epoch, {"loss " + format_fixed(cost.loss, 3), format_speed(speed),
                                     "kept " + format_bytes(cost.kept_bytes)});
+  }
+
+  /// Once. Also of a quiet run: the budget may be all the memory there is.
+  void warn_of(int64_t peak, Progress& progress) {
+    const auto text = [](int64_t bytes) { return format_fixed(static_cast<double>(bytes) / 1e6, 3) + " MB"; };
+    progress.clear();
+    std::cerr << "warning: the peak of step " << step_ << ", " << text(peak) << ", is above the budget of "
+              << text(budget_) << ", which was planned for smaller batches\n";
+    budget_ = 0;
   }
 
   std::string format_speed(double speed) const {
@@ -637,6 +717,7 @@ class Trainer {
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<EventWriter> events_;
   std::vector<Record> records_;
+  int64_t budget_ = 0;                           ///< bytes, or 0 where there is none
   int traces_left_ = 0;                          ///< steps still to be traced
   int64_t step_ = 0, epoch_ = 0, position_ = 0;  ///< position: batches of this epoch already seen
   int64_t best_epoch_ = 0;
@@ -678,7 +759,14 @@ Fidelity check_gradients(torch::nn::Module& model, const std::vector<Minibatch>&
 
 ordered_json train(Task& task, const TrainingOptions& options, const RunFolder& run,
                    const ordered_json& config) {
-  return Trainer(task, options, run, config).run();
+  std::unique_ptr<Trainer> trainer;
+  try {
+    trainer = std::make_unique<Trainer>(task, options, run, config);
+  } catch (const Interrupted&) {
+    std::cerr << "interrupted before the first step: nothing to save\n";
+    throw;
+  }
+  return trainer->run();
 }
 
 std::unique_ptr<Optimizer> Task::make_optimizer() { return std::make_unique<Adam>(model()); }

@@ -22,7 +22,7 @@ struct REMNANT_API TransformerLayerOptions {
   TORCH_ARG(bool, batch_first) = false;
   TORCH_ARG(bool, norm_first) = false;
   TORCH_ARG(bool, bias) = true;
-  /// What the attention ops keep for backward.
+  /// What the attention ops keep for backward, unless memory has a policy.
   TORCH_ARG(Policy, policy) = Policy::recompute();
   /// What the layer keeps, of a Memory setting or op by op. Gradients equal PyTorch's up to rounding unless
   /// bits or the policy say otherwise.
@@ -41,6 +41,7 @@ class REMNANT_API TransformerEncoderLayerImpl : public torch::nn::Cloneable<Tran
   /// Changes what the layer keeps from the next forward on; weights stay.
   void set_memory(const LayerMemory& memory) override;
   const LayerMemory& memory() const override { return options.memory(); }
+  bool attends() const override { return true; }
   /// src [S, B, E] ([B, S, E] with batch_first); masks as in MultiheadAttention. Same shape out.
   at::Tensor forward(const at::Tensor& src, const at::Tensor& src_mask = {},
                      const at::Tensor& src_key_padding_mask = {}, bool is_causal = false);
@@ -77,6 +78,7 @@ class REMNANT_API TransformerDecoderLayerImpl : public torch::nn::Cloneable<Tran
   /// Changes what the layer keeps from the next forward on; weights stay.
   void set_memory(const LayerMemory& memory) override;
   const LayerMemory& memory() const override { return options.memory(); }
+  bool attends() const override { return true; }
   /// tgt [T, B, E], memory [S, B, E] ([B, T, E], [B, S, E] with batch_first); masks as in
   /// MultiheadAttention, the tgt_ ones for self_attn, the memory_ ones for multihead_attn. tgt's shape out.
   at::Tensor forward(const at::Tensor& tgt, const at::Tensor& memory, const at::Tensor& tgt_mask = {},
