@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -35,6 +36,13 @@ TEST(Report, TicksAreRoundAndInside) {
     EXPECT_GE(ticks.front(), high / 7 * (1 - 1e-6));
     EXPECT_LE(ticks.back(), high * (1 + 1e-6));
   }
+}
+
+TEST(Report, TicksAreFewWhereDigitsRunOut) {
+  for (const double low : {5.0, 1e300, -3e18}) {
+    EXPECT_LE(round_ticks(low, std::nextafter(low, INFINITY), 5).size(), 7u) << low;
+  }
+  EXPECT_LE(logarithmic_ticks(1e300, INFINITY).size(), 30u);
 }
 
 TEST(Report, ALogarithmicAxisIsForValuesFarApart) {
@@ -130,8 +138,10 @@ TEST(Report, ThePeakIsLabelledWithItsPhase) {
 }
 
 TEST(Report, ChartsOfOneValueOrConstantsAreDrawn) {
-  for (const Points& points : {Points{{1, 0}}, Points{{5, 2.5}}, Points{{1, 3}, {2, 3}},
-                               Points{{1, -1}, {9, -2}}, Points{{1, 1e-9}, {2, 1e9}}}) {
+  for (const Points& points :
+       {Points{{1, 0}}, Points{{5, 2.5}}, Points{{1, 3}, {2, 3}}, Points{{1, -1}, {9, -2}},
+        Points{{1, 1e-9}, {2, 1e9}}, Points{{1, 5}, {2, std::nextafter(5.0, 6)}},
+        Points{{1, 1e-300}, {2, 1.7e308}}}) {
     const std::vector<Curve> curves{{0, "run", points}};
     const std::string svg = line_chart({"id", "title", "words"}, curves, far_apart(curves));
     EXPECT_EQ(svg.find("nan"), std::string::npos) << svg;

@@ -1,30 +1,41 @@
 // docs/memory.md, "What each op keeps": every row of the table is measured here.
 
+#include <remnant/checkpoint.h>
 #include <remnant/memory.h>
+#include <remnant/nn/reversible.h>
 #include <remnant/ops/activation.h>
 #include <remnant/ops/attention.h>
 #include <remnant/ops/conv.h>
 #include <remnant/ops/conv_norm_act.h>
 #include <remnant/ops/dropout.h>
 #include <remnant/ops/dropout_add.h>
+#include <remnant/ops/feed_forward.h>
 #include <remnant/ops/linear.h>
 #include <remnant/ops/linear_cross_entropy.h>
 #include <remnant/ops/max_pool.h>
+#include <remnant/ops/multihead_attention.h>
 #include <remnant/ops/norm.h>
 #include <remnant/ops/shortcut.h>
 #include <remnant/ops/softmax_approximation.h>
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/randn_like.h>
+#include <ATen/ops/softmax.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
+#include <torch/nn/modules/container/any.h>
+#include <torch/nn/modules/dropout.h>
+#include <torch/nn/modules/linear.h>
 
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace remnant {
 namespace {
@@ -62,6 +73,37 @@ TEST(MemoryTable, AttentionKeepsWhatTheClosedFormSays) {
                                              static_cast<int64_t>(c10::elementSize(type)), dropout > 0))
               << text << " " << type << " dropout " << dropout;
         }
+      }
+    }
+  }
+}
+
+TEST(MemoryTable, EagerAttentionKeepsWholeMatrices) {
+  const int64_t rows = 2 * 4 * 40, n = 50;
+  const at::Tensor q = at::randn({2, 4, 40, 8}).requires_grad_(),
+                   k = at::randn({2, 4, n, 8}).requires_grad_();
+  const at::Tensor p = at::softmax(at::matmul(q, k.transpose(-2, -1)), -1);
+  EXPECT_EQ(memory::kept_bytes({at::matmul(p, k)}), rows * 4 * n);
+  EXPECT_EQ(memory::kept_bytes({at::matmul(at::dropout(p, 0.1, true), k)}), rows * 12 * n);
+}
+
+TEST(MemoryTable, CodedAttention) {
+  for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    const auto options = at::TensorOptions().dtype(type);
+    const at::Tensor q = at::randn({2, 4, 17, 8}, options).requires_grad_(),
+                     k = at::randn({2, 2, 30, 8}, options).requires_grad_(),
+                     v = at::randn({2, 2, 30, 4}, options).requires_grad_();
+    for (const int64_t bits : {8, 4, 2}) {
+      for (const double dropout : {0.0, 0.1}) {
+        AttentionOptions call;
+        call.bits = bits;
+        call.dropout = dropout;
+        const at::Tensor output = attention(q, k, v, call);
+        EXPECT_EQ(memory::kept_bytes({output}),
+                  2 * 4 * 17 * (type == at::kDouble ? 8 : 4) + linear_code_bytes(q.numel(), 8) +
+                      linear_code_bytes(k.numel(), 8) + linear_code_bytes(v.numel(), bits) +
+                      linear_code_bytes(output.numel(), bits) + (dropout > 0 ? 16 : 0))
+            << type << " " << bits << " dropout " << dropout;
       }
     }
   }
@@ -148,6 +190,57 @@ TEST(MemoryTable, Norms) {
   }
 }
 
+TEST(MemoryTable, CodedNorms) {
+  const int64_t rows = 50, columns = 128;
+  for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    const auto options = at::TensorOptions().dtype(type);
+    const int64_t wide = type == at::kDouble ? 8 : 4;
+    const at::Tensor x = at::randn({5, 10, columns}, options).requires_grad_();
+    const at::Tensor residual = at::randn({5, 10, columns}, options).requires_grad_();
+    const at::Tensor bias = at::zeros({columns}, options).requires_grad_();
+    for (const int64_t bits : {8, 4, 2}) {
+      const std::string policy = "quantized:bits=" + std::to_string(bits);
+      const int64_t codes = linear_code_bytes(rows * columns, bits);
+      const auto kept = [&](const at::Tensor& weight) {
+        return memory::kept_bytes({layer_norm(x, weight, bias, 1e-5, policy)});
+      };
+      const at::Tensor weight = at::ones({columns}, options).requires_grad_();
+      EXPECT_EQ(kept(weight), codes + rows * wide);
+      EXPECT_EQ(memory::kept_bytes({rms_norm(x, weight, std::nullopt, policy)}), codes + rows * wide);
+      const auto sum =
+          dropout_add_layer_norm(x, residual, 0.1, weight, bias, 1e-5, std::nullopt, true, policy);
+      EXPECT_EQ(memory::kept_bytes({std::get<0>(sum)}), codes + rows * wide + 16);
+      // What reads the output finds its codes.
+      const at::Tensor y = layer_norm(x, weight, bias, 1e-5, policy);
+      const at::Tensor w = at::randn({20, columns}, options).requires_grad_();
+      EXPECT_EQ(memory::kept_bytes({remnant::linear(y, w, std::nullopt, policy)}), codes + rows * wide);
+      // A column that another of its group hides: just not and just so.
+      at::Tensor spread = at::ones({columns}, options);
+      spread[70] = bits == 8 ? 1.0 / 128 : 1.0 / 8;
+      EXPECT_EQ(kept(spread.clone().requires_grad_()), codes + rows * wide);
+      spread[70] = bits == 8 ? 1.0 / 129 : 1.0 / 9;
+      EXPECT_EQ(kept(spread.clone().requires_grad_()), codes + rows * wide * 2);
+      // Half of them are: codes of x^ take less.
+      spread.narrow(0, 0, 32).fill_(1e-3);
+      spread.narrow(0, 64, 32).fill_(1e-3);
+      EXPECT_EQ(kept(spread.clone().requires_grad_()), codes + rows * wide);
+    }
+  }
+}
+
+TEST(MemoryTable, CodedActivations) {
+  for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    for (const int64_t size : {1, 64, 1000, 3300}) {
+      const at::Tensor x = at::randn({size}, at::TensorOptions().dtype(type)).requires_grad_();
+      for (const int64_t bits : {8, 4, 2}) {
+        const std::string policy = "quantized:bits=" + std::to_string(bits);
+        EXPECT_EQ(memory::kept_bytes({remnant::gelu(x, "none", policy)}), linear_code_bytes(size, bits));
+        EXPECT_EQ(memory::kept_bytes({remnant::silu(x, policy)}), linear_code_bytes(size, bits));
+      }
+    }
+  }
+}
+
 TEST(MemoryTable, Activations) {
   for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
     for (const int64_t size : {1, 8, 63, 64, 1000, 3300}) {
@@ -190,6 +283,109 @@ TEST(MemoryTable, Linear) {
       EXPECT_EQ(memory::kept_bytes({remnant::linear(made, w.detach(), b, policy)}), 20 * 33 * element);
       EXPECT_EQ(memory::kept_bytes({remnant::linear(x.detach() * 3, w, b, policy)}), codes);
     }
+  }
+}
+
+TEST(MemoryTable, FeedForward) {
+  const int64_t rows = 300, in = 24, features = 100;
+  const auto groups = [](int64_t size) { return (size + 63) / 64; };
+  for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    const auto options = at::TensorOptions().dtype(type);
+    const at::Tensor x = at::randn({3, 100, in}, options).requires_grad_();
+    const at::Tensor up = at::randn({features, in}, options).requires_grad_(),
+                     down = at::randn({in, features}, options).requires_grad_(),
+                     bias = at::randn({features}, options).requires_grad_();
+    for (const char* activation : {"relu", "gelu"}) {
+      for (const double dropout : {0.0, 0.1}) {
+        const auto kept = [&](const std::string& policy) {
+          return memory::kept_bytes(
+              {feed_forward(x, up, bias, down, std::nullopt, activation, dropout, policy)});
+        };
+        EXPECT_EQ(kept("exact"), dropout > 0 ? 16 : 0);
+        for (const int64_t bits : {8, 4, 2}) {
+          const int64_t half = (features + 1) / 2, quarter = (features + 3) / 4;
+          const int64_t relu = (features * bits + 7) / 8 + 2 * groups(features);
+          const int64_t gelu = bits == 8 ? features : bits == 4 ? half + quarter : half;
+          EXPECT_EQ(kept("quantized:bits=" + std::to_string(bits)),
+                    linear_code_bytes(rows * in, bits) +
+                        rows * (activation == std::string("relu") ? relu : gelu) + 16)
+              << type << " " << activation << " " << bits;
+        }
+      }
+    }
+  }
+}
+
+TEST(MemoryTable, MultiheadAttention) {
+  const int64_t batch = 9, queries = 300, keys = 40, width = 16, heads = 2;
+  for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    const auto options = at::TensorOptions().dtype(type);
+    const int64_t element = static_cast<int64_t>(c10::elementSize(type)), wide = element == 8 ? 8 : 4;
+    const at::Tensor x = at::randn({batch, queries, width}, options).requires_grad_(),
+                     memory = at::randn({batch, keys, width}, options).requires_grad_();
+    const at::Tensor in_weight = at::randn({3 * width, width}, options).requires_grad_(),
+                     out_weight = at::randn({width, width}, options).requires_grad_();
+    for (const std::optional<at::Tensor>& from : {std::optional<at::Tensor>(), std::optional(memory)}) {
+      for (const double dropout : {0.0, 0.1}) {
+        const auto kept = [&](bool keep_output) {
+          MultiheadAttentionCall call;
+          call.heads = heads;
+          call.dropout = dropout;
+          call.keep_output = keep_output;
+          return memory::kept_bytes(
+              {multihead_attention(x, from, in_weight, std::nullopt, out_weight, std::nullopt, call)});
+        };
+        // Three sequences of 300 positions are a group.
+        const int64_t seeds = dropout > 0 ? 3 * 16 : 0;
+        EXPECT_EQ(kept(false), seeds) << type;
+        EXPECT_EQ(kept(true), seeds + batch * queries * width * element + batch * heads * queries * wide)
+            << type;
+      }
+    }
+  }
+}
+
+TEST(MemoryTable, Checkpoint) {
+  const at::Tensor x = at::randn({30, 8}).requires_grad_();
+  const auto function = [](const at::Tensor& a) { return at::dropout(a.exp().sin(), 0.1, true).cos(); };
+  EXPECT_EQ(memory::kept_bytes({checkpoint(function, x)}), 5056);
+}
+
+TEST(MemoryTable, ReversibleChain) {
+  const int64_t samples = 4, channels = 8, depth = 6;
+  const int64_t input = samples * channels * 16 * 16 * 4, ring = samples * channels * (18 * 18 - 16 * 16) * 4;
+  const int64_t statistics = 2 * channels * 4, sums = samples * 4 * 4, scalar = 8;
+  const at::Tensor x = at::randn({samples, channels, 16, 16}).requires_grad_();
+  for (const char* activation : {"leaky", "maxmin"}) {
+    const int64_t signs = samples * channels * 16 * 16 / (activation == std::string("leaky") ? 8 : 16);
+    const auto kept = [&](const std::vector<int64_t>& anchors, const std::vector<int64_t>& residues) {
+      nn::ReversibleChainOptions options(channels, depth);
+      options.activation = activation;
+      nn::ReversibleChain chain(options);
+      chain->set_plan(anchors, residues);
+      const at::Tensor y = chain(x);
+      return memory::kept_bytes({y}, {y});
+    };
+    // The first layer's input is the chain's, which is a leaf here.
+    const int64_t every = depth * (signs + statistics + scalar);
+    EXPECT_EQ(kept({}, {}), every + (depth - 1) * (ring + sums) + sums) << activation;
+    EXPECT_EQ(kept({3}, {}), every + (depth - 2) * (ring + sums) + sums + input) << activation;
+    EXPECT_EQ(kept({}, {2, 4}), every + (depth - 1) * (ring + sums) + sums + 2 * (input / 2 + scalar))
+        << activation;
+  }
+}
+
+TEST(MemoryTable, Coupling) {
+  const int64_t samples = 3, state = 5056;
+  const at::Tensor x = at::randn({samples, 8}).requires_grad_();
+  for (const int64_t depth : {1, 7}) {
+    std::vector<nn::Coupling> blocks;
+    for (int64_t i = 0; i < depth; ++i)  // F draws, G does not.
+      blocks.push_back(nn::additive_coupling(torch::nn::AnyModule(torch::nn::Dropout(0.1)),
+                                             torch::nn::AnyModule(torch::nn::Linear(4, 4))));
+    nn::ReversibleSequence sequence(blocks);
+    const at::Tensor y = sequence(x);
+    EXPECT_EQ(memory::kept_bytes({y}, {y}), samples * 4 * 4 + depth * state);
   }
 }
 

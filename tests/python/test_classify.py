@@ -126,6 +126,24 @@ def test_fidelity_check_and_bf16(classify, tmp_path):
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "plain"), rel=0.05)
 
 
+@pytest.mark.parametrize("count, longest", [(260, 400), (900, 120)])
+def test_a_budget_holds_for_the_longest_text(classify, tmp_path, count, longest):
+    """Which stands in the last, partial batch of all, with fewer words than others; or in another batch each epoch."""
+    file = tmp_path / "texts.tsv"
+    word = [f"word{i % 50}" for i in range(longest)]
+    lengths = [longest if i == count // 2 else 5 + i % 4 for i in range(count)]
+    file.write_text("".join(f"{'good' if i % 2 else 'bad'}\t{' '.join(word[:n])}\n" for i, n in enumerate(lengths)))
+    arguments = ["train", "--data", file, *TINY, "--hidden", 64, "--max-length", 512, "--epochs", 3, "--layers", 2]
+    if count == 260:
+        arguments += ["--batch-size", 64]
+    message = classify.fails(*arguments, "--memory", "budget=10kB", "--out", tmp_path / "run")
+    [smallest, unit] = re.findall(r"inputs is ([\d.]+) (kB|MB):", message)[0]
+    budget = int(float(smallest) * {"kB": 1e3, "MB": 1e6}[unit] * 1.05)
+    result = classify(*arguments, "--memory", f"budget={budget}B", "--out", tmp_path / "run")
+    assert "warning" not in result.stderr
+    assert max(line["peak_bytes"] for line in steps(tmp_path / "run")) <= budget
+
+
 def test_resume_equals_an_uninterrupted_run(classify, tmp_path):
     arguments = [*GENERATED, "--accumulate", 2]
     classify("train", *arguments, "--epochs", 2, "--out", tmp_path / "straight")
@@ -147,7 +165,8 @@ def test_one_file_is_split(classify, tmp_path):
     assert "73 training, 8 validation and 9 test texts" in result.stderr
     assert "every tenth text of the training set is held out for validation and test" in result.stderr
     assert "9 texts" in classify("evaluate", "--run", tmp_path / "run").stdout
-    assert "90 texts" in classify("evaluate", "--run", tmp_path / "run", "--data", folder / "all.tsv").stdout
+    whole = folder / "all.tsv"
+    assert classify("evaluate", "--run", tmp_path / "run", "--data", whole).stdout.startswith(f"{whole}  90 texts")
 
 
 def test_bad_data(classify, trained, tmp_path):

@@ -6,6 +6,7 @@ import math
 import re
 import signal
 import subprocess
+import time
 
 import pytest
 
@@ -70,6 +71,19 @@ def test_evaluate_repeats_the_summary(lm, trained):
     assert "--split should be" in lm.fails("evaluate", "--run", run, "--split", "tset", code=2)
 
 
+def test_evaluate_takes_all_of_a_file_however_short(lm, trained, tmp_path):
+    run, file = trained[0], tmp_path / "short.txt"
+    for content in ["A short text of one line.\n", "x"]:
+        file.write_text(content)
+        output = lm("evaluate", "--run", run, "--data", file, "--threads", 1).stdout
+        assert output.startswith(f"{file}  {len(content)} bytes, {len(content)} characters")
+        assert "nan" not in output
+    file.write_text("")
+    assert "holds 0 bytes of text" in lm.fails("evaluate", "--run", run, "--data", file)
+    file.write_text("A short text of one line.\n")
+    assert "split into training" in lm.fails("train", "--data", file, *TINY, "--out", tmp_path / "run")
+
+
 def test_generate_continues_the_prompt(lm, trained):
     run, _ = trained
     arguments = ["generate", "--run", run, "--prompt", "A man ", "--length", 100, "--temperature", "0.7", "--top-k", 5]
@@ -117,6 +131,25 @@ def test_fidelity_check_and_bf16(lm, tmp_path):
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
 
 
+@pytest.mark.parametrize("more", [[], ["--dropout", 0], ["--accumulate", 2, "--precision", "bf16"]])
+def test_fidelity_check_of_codes(lm, tmp_path, more):
+    """Compared with the exact gradient, not with the same codes once more; the training stays as it is."""
+    errors = {}
+    for bits in (2, 8):
+        arguments = [*GENERATED, "--memory", f"unbiased:bits={bits}", "--max-steps", 9, "--epochs", 3, *more]
+        plain, checked = tmp_path / f"plain{bits}", tmp_path / f"checked{bits}"
+        lm("train", *arguments, "--out", plain)
+        lm("train", *arguments, "--fidelity-every", 3, "--out", checked)
+        assert checkpoint_bytes(checked) == checkpoint_bytes(plain)
+        for key in ["loss", "gradient_norm", "kept_bytes", "peak_bytes"]:
+            assert [line[key] for line in steps(checked)] == [line[key] for line in steps(plain)]
+        found = [line for line in steps(checked) if "gradient_error" in line]
+        assert len(found) == 3
+        assert all(1e-4 < line["gradient_error"] < 0.5 and line["added_variance"] > 0 for line in found)
+        errors[bits] = sum(line["gradient_error"] for line in found)
+    assert errors[8] < errors[2] / 1.5
+
+
 def test_resume_equals_an_uninterrupted_run(lm, tmp_path):
     arguments = [*GENERATED, "--accumulate", 2]
     lm("train", *arguments, "--epochs", 2, "--out", tmp_path / "straight")
@@ -157,6 +190,79 @@ def test_memory_settings(lm, tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "unbiased:bits=4")
     assert "8, 4 or 2 bits" in lm.fails("train", *arguments, "--memory", "unbiased:bits=3", "--out", tmp_path / "x",
                                         code=2)
+
+
+def test_memory_file_of_policies(lm, tmp_path):
+    """A file may name attention's policies, layer by layer."""
+    file = tmp_path / "layers.json"
+    arguments = [*GENERATED, "--layers", 2, "--max-steps", 2, "--memory", file]
+    for name, layers, policies in [("all", {"*": "curve:m=4"}, ["curve:m=4", "curve:m=4"]),
+                                   ("one", {"encoder.layers.*": "recompute", "*.1": "quantized:bits=4"},
+                                    ["recompute", "quantized:bits=4"])]:
+        file.write_text(json.dumps(layers))
+        lm("train", *arguments, "--out", tmp_path / name)
+        rows = json.loads((tmp_path / name / "memory.json").read_text())["rows"]
+        found = {row["layer"].split(".self_attn")[0]: row["policy"] for row in rows if row["op"] == "AttentionBackward"}
+        assert [found.get(f"encoder.layers.{i}", "recompute") for i in range(2)] == policies
+        assert json.loads((tmp_path / name / "layers.json").read_text()) == layers
+    # The run has its own copy: from another folder, or without the file, it goes on.
+    file.unlink()
+    result = lm("train", *arguments, "--max-steps", 3, "--out", tmp_path / "one", "--resume")
+    assert "going on with the run's copy" in result.stderr and len(steps(tmp_path / "one")) == 3
+
+
+def test_mistakes_of_memory_files_leave_nothing_behind(lm, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "layers.json"
+    arguments = ["train", *GENERATED, "--max-steps", 1, "--memory", file, "--out", run]
+    assert "layers.json" in lm.fails(*arguments, code=2)
+    for content, expected in [("{broken", "not valid JSON"), ('["exact"]', "should be an object"),
+                              ('{"*": {"attention": "exact"}}', "should be a string"),
+                              ('{"*": "curv:m=4"}', "did you mean 'curve'"), ('{"*": "exat"}', "did you mean 'exact'")]:
+        file.write_text(content)
+        assert expected in lm.fails(*arguments, code=2)
+        assert not run.exists()
+    # Only the model knows its layers.
+    file.write_text('{"encoder.layer.*": "exact"}')
+    assert "no layer fits the pattern 'encoder.layer.*'" in lm.fails(*arguments, code=2)
+    file.write_text('{"encoder.layers.*": "exact"}')
+    lm(*arguments)
+    assert len(steps(run)) == 1
+
+
+def test_a_refused_budget_may_be_raised(lm, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["train", *GENERATED, "--max-steps", 2, "--out", run]
+    message = lm.fails(*arguments, "--memory", "budget=10kB")
+    [smallest] = re.findall(r"budget of 10 kB; the smallest peak found for these inputs is (\d+) kB:", message)
+    lm(*arguments, "--memory", f"budget={int(smallest) * 11 // 10}kB")
+    assert max(line["peak_bytes"] for line in steps(run)) <= int(smallest) * 1100
+    # A step that a plan does not hold for is told, once.
+    plan = json.loads((run / "plan.json").read_text())
+    plan["layers"] = {name: "eager" for name in plan["layers"]}
+    (run / "plan.json").write_text(json.dumps(plan))
+    result = lm(*arguments, "--max-steps", 5, "--memory", plan["memory"], "--resume", "--quiet")
+    assert result.stderr.count("warning: the peak of step") == 1
+
+
+def test_ctrl_c_while_planning(lm, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--data", "generated", "--hidden", "64", "--layers", "4", "--context", "256", "--batch-size", "16",
+                 "--threads", "1", "--memory", "budget=1GB"]
+    process = subprocess.Popen(lm.command("train", *arguments, "--out", run), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "config.json").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "interrupted before the first step" in errors
+    assert not (run / "plan.json").exists() and not (run / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -226,6 +332,22 @@ def test_damaged_and_foreign_runs(lm, program, trained, tmp_path):
     for name, command in [("translate", "evaluate"), ("classify", "evaluate")]:
         message = Program(program, name).fails(command, "--run", trained[0])
         assert f"is not a run of remnant {name}" in message
+
+
+def test_a_damaged_memory_json_is_written_anew(lm, tmp_path):
+    run = tmp_path / "run"
+    lm("train", *GENERATED, "--max-steps", 1, "--out", run)
+    (run / "memory.json").write_text("{")
+    lm("train", *GENERATED, "--max-steps", 2, "--out", run, "--resume")
+    assert json.loads((run / "memory.json").read_text())["rows"]
+
+
+def test_divergence_does_not_promise_a_checkpoint(lm, tmp_path):
+    arguments = ["train", *GENERATED, "--lr", "1e30", "--epochs", 2]
+    message = lm.fails(*arguments, "--checkpoint-every", 0, "--out", tmp_path / "none")
+    assert "diverged" in message and "there is no checkpoint yet" in message
+    message = lm.fails(*arguments, "--checkpoint-every", 1, "--out", tmp_path / "one")
+    assert "the last checkpoint is kept" in message
 
 
 def test_longest_context(lm, tmp_path):

@@ -2,8 +2,10 @@
 
 import json
 import re
+import resource
 import shutil
 import statistics
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -322,6 +324,7 @@ def test_errors_are_one_sentence(report, runs, tmp_path):
     ("metrics.jsonl", '{"step": 1}\n[]\n{"step": 3}\n', "metrics.jsonl, line 2"),
     ("memory.json", '{"rows": [{"layer": 1}]}', "memory.json is damaged"),
     ("memory.json", "[]", "memory.json is damaged"),
+    ("memory.json", '{"kept_bytes": 5, "layers": []}', "memory.json is damaged: the field rows"),
     ("timeline.json", '{"step": 2}', "timeline.json is damaged"),
     ("timeline.json", '{"step": ', "timeline.json is damaged"),
     ("summary.json", "3", "summary.json is damaged"),
@@ -332,3 +335,14 @@ def test_damaged_files_are_named(report, runs, tmp_path, name, content, expected
     (run / name).write_text(content)
     assert expected in report.fails(run)
     assert not (run / "report.html").exists()
+
+
+def test_losses_that_differ_in_their_last_digit(report, runs, tmp_path):
+    """Whose ticks would never end."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 5.000000000000001}\n')
+    subprocess.run(report.command(run), check=True, capture_output=True, timeout=60,
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)))
+    page = Page((run / "report.html").read_text())
+    assert [row[2] for row in page.tables["loss-table"][1:]] == [5.0, 5.000000000000001]

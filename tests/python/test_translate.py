@@ -299,6 +299,8 @@ def test_unknown_words_get_the_nearest_name(translate, arguments, expected):
     (["--precision", "fp8"], "fp32 or bf16"),
     (["--source", "fr"], "German-English"),
     (["--fidelity-every", "-1"], "--fidelity-every should be at least 0, got -1"),
+    (["--clip", "inf"], "--clip should be a finite number, got inf"),
+    (["--lr", "inf"], "--lr should be a finite number, got inf"),
 ])
 def test_bad_values_are_usage_errors(translate, tmp_path, arguments, expected):
     run = tmp_path / "run"
@@ -357,6 +359,26 @@ def test_changed_data_is_noticed_on_resume(translate, tmp_path):
         text = (folder / name).read_text(encoding="utf-8").replace("hund", "dackel")
         (folder / name).write_text(text, encoding="utf-8")
     assert "is not the one" in translate.fails(*arguments, "--resume")
+
+
+def test_the_same_words_in_another_order_are_other_data(translate, tmp_path):
+    folder = write_corpus(tmp_path / "text")
+    run = tmp_path / "run"
+    arguments = ["train", "--data", folder, *TINY, "--epochs", 1, "--out", run]
+    translate(*arguments)
+    before = checkpoint_bytes(run)
+    source = folder / "train.de"
+    lines = source.read_text(encoding="utf-8")
+    source.write_text("".join(reversed(lines.splitlines(keepends=True))), encoding="utf-8")
+    assert "is not the one" in translate.fails(*arguments, "--resume")
+    assert checkpoint_bytes(run) == before
+    # A run that is older than the field.
+    source.write_text(lines, encoding="utf-8")
+    translate(*arguments, "--resume")
+    config = json.loads((run / "config.json").read_text())
+    del config["data_fingerprint"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert "no data_fingerprint" in translate.fails(*arguments, "--resume")
 
 
 def test_not_a_run(translate, tmp_path):

@@ -7,6 +7,7 @@
 #include <CLI/CLI.hpp>
 
 #include <algorithm>
+#include <filesystem>
 #include <iostream>
 #include <memory>
 #include <utility>
@@ -33,7 +34,10 @@ int evaluate_run(const UseOptions& use) {
   warn(examples, trained);
   const Scores scores =
       evaluate(*trained.model, examples, static_cast<int64_t>(trained.labels.size()), use.batch_size);
-  std::cout << use.split << "  " << examples.size() << " texts, " << trained.labels.size() << " labels\n"
+  // A file is evaluated as a whole.
+  const bool file = !use.data.empty() && !std::filesystem::is_directory(use.data);
+  std::cout << (file ? use.data : use.split) << "  " << examples.size() << " texts, " << trained.labels.size()
+            << " labels\n"
             << "accuracy " << format_fixed(scores.accuracy(), 4) << "\n"
             << "loss " << format_fixed(scores.loss, 4) << "\n\n";
   print_table(confusion_table(trained.labels, scores));

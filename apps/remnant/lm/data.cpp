@@ -52,6 +52,12 @@ std::string generate_text(int64_t sentences) {
 std::string load_text(const TextSource& from) {
   if (from.data == "generated") return generate_text(from.sentences);
   std::string text = read_text(from.data);
+  if (text.empty()) throw Error("'" + from.data + "' holds 0 bytes of text, expected at least 1");
+  return text;
+}
+
+std::string load_text_to_split(const TextSource& from) {
+  std::string text = load_text(from);
   if (text.size() < kShortest) {
     throw Error("'" + from.data + "' holds " + std::to_string(text.size()) +
                 " bytes of text, expected at least " + std::to_string(kShortest) +

@@ -19,8 +19,10 @@ struct TextSource {
   int64_t sentences = 20000;  ///< of the generated text
 };
 
-/// Throws Error on a file that is missing, damaged, not UTF-8, or too short to split.
+/// Throws Error on a file that is missing, damaged, not UTF-8, or empty.
 std::string load_text(const TextSource& from);
+/// The same, and on one that is too short to split.
+std::string load_text_to_split(const TextSource& from);
 
 /// English descriptions of everyday scenes in paragraphs, from the grammar of the captions corpus; a function
 /// of the number of sentences alone.

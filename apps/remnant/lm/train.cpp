@@ -40,7 +40,7 @@ struct Text {
 };
 
 Text load(const TrainOptions& options) {
-  const std::string content = load_text(text_source(options));
+  const std::string content = load_text_to_split(text_source(options));
   const TextParts parts = split_text(content);
   const TokenKind kind = parse_tokens(options.tokens);
   const bool made = options.resume && fs::exists(fs::path(options.out) / "config.json");
@@ -229,7 +229,7 @@ TrainedModel load_model(const fs::path& path) {
 TokenText load_split(const TrainedModel& trained, const std::string& split) {
   Splits splits;
   TokenText& chosen = part(splits, split);  // a wrong name is known before the text is read
-  const std::string text = load_text(text_source(trained.options));
+  const std::string text = load_text_to_split(text_source(trained.options));
   splits = tokenize_parts(split_text(text), *trained.tokenizer);
   return std::move(chosen);
 }

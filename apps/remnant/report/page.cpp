@@ -421,7 +421,8 @@ std::string data_run(size_t run) { return " data-run=\"" + std::to_string(run) +
 std::string memory_rows(const Run& run, const std::string& id) {
   Table table(id, "What each op keeps, " + run.name,
               {"layer", "op", "policy", "shape", "dtype", "count", "kept", "predicted", "eager"}, 5);
-  for (const ordered_json& row : run.memory->at("rows")) {
+  const auto rows = field<std::vector<ordered_json>>(*run.memory, "rows", run.path / "memory.json");
+  for (const ordered_json& row : rows) {
     const auto text = [&](const char* key) {
       return row.contains(key) && row[key].is_string() ? row[key].get<std::string>() : "";
     };

@@ -13,16 +13,6 @@ namespace {
 using nlohmann::ordered_json;
 namespace fs = std::filesystem;
 
-/// The value, or an Error that `file` is not what a trainer writes.
-template <typename T>
-T field(const ordered_json& object, const char* key, const fs::path& file) {
-  try {
-    return object.at(key).get<T>();
-  } catch (const nlohmann::json::exception&) {
-    throw Error(file.string() + " is damaged: the field " + key + " is missing or malformed");
-  }
-}
-
 std::optional<ordered_json> optional_json(const RunFolder& folder, const std::string& name) {
   std::error_code ignored;
   if (!fs::exists(folder.path() / name, ignored)) return std::nullopt;

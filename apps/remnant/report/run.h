@@ -1,5 +1,7 @@
 #pragma once
 
+#include "common/error.h"
+
 #include <nlohmann/json.hpp>
 
 #include <cstdint>
@@ -51,6 +53,17 @@ struct Run {
 
 /// Throws Error, one sentence, on a folder that is no run, a damaged file, and runs of different programs.
 std::vector<Run> load_runs(const std::vector<std::string>& paths);
+
+/// The value of `key`. Throws Error where `object` has none or another kind: `file` is not what a trainer
+/// writes.
+template <typename T>
+T field(const nlohmann::ordered_json& object, const char* key, const std::filesystem::path& file) {
+  try {
+    return object.at(key).get<T>();
+  } catch (const nlohmann::json::exception&) {
+    throw Error(file.string() + " is damaged: the field " + key + " is missing or malformed");
+  }
+}
 
 /// A number of `object`; nothing where it is missing or, as what is not finite is written, null.
 std::optional<double> number(const nlohmann::ordered_json& object, const std::string& key);

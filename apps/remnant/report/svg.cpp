@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <tuple>
 
 namespace remnant::app::report {
@@ -13,6 +14,7 @@ namespace {
 // Wide enough for two columns on a desk, and readable when a phone shrinks it.
 constexpr double kWidth = 440;
 constexpr size_t kMostMarks = 40;
+constexpr double kMost = std::numeric_limits<double>::max();
 
 std::string px(double value) {
   std::string text = format_fixed(value, 1);
@@ -40,8 +42,9 @@ struct Frame {
 
   double x(double value) const { return left + (value - x_low) / (x_high - x_low) * (right - left); }
   double y(double value) const {
-    const double share = y_logarithmic ? std::log(value / y_low) / std::log(y_high / y_low)
-                                       : (value - y_low) / (y_high - y_low);
+    const double share = y_logarithmic
+                             ? (std::log(value) - std::log(y_low)) / (std::log(y_high) - std::log(y_low))
+                             : (value - y_low) / (y_high - y_low);
     return bottom - share * (bottom - top);
   }
 
@@ -63,11 +66,11 @@ struct Frame {
   }
 };
 
-/// Apart, also where all values are the same.
+/// Apart, also where all values are the same or differ in their last digits.
 std::pair<double, double> range(double low, double high) {
   if (low > high) return {0, 1};
-  double margin = (high - low) * 0.05;
-  if (margin <= 0) margin = std::max(std::abs(high) * 0.1, 1e-9);
+  double margin = std::max((high - low) * 0.05, std::max(std::abs(low), std::abs(high)) * 1e-12);
+  if (low == high) margin = std::max(std::abs(high) * 0.1, 1e-9);
   return {low >= 0 ? std::max(0.0, low - margin) : low - margin, high + margin};
 }
 
@@ -156,13 +159,16 @@ std::vector<double> round_ticks(double low, double high, int count) {
   }
   std::vector<double> ticks;
   const double first = std::ceil(low / step - 1e-9), last = std::floor(high / step + 1e-9);
-  for (double i = first; i <= last; ++i) ticks.push_back(i * step + 0.0);  // not -0
+  // Never more, also where low and high are one number to `step`.
+  const double most = std::min(last - first, count + 1.0);
+  for (double i = 0; i <= most; ++i) ticks.push_back((first + i) * step + 0.0);  // not -0
   return ticks;
 }
 
 std::vector<double> logarithmic_ticks(double low, double high) {
   std::vector<double> ticks;
-  for (double power = std::floor(std::log10(low)); power <= std::log10(high); ++power) {
+  const double last = std::min(std::log10(high), 308.0);  // of what a double holds
+  for (double power = std::floor(std::log10(low)); power <= last; ++power) {
     for (const double factor : {1.0, 2.0, 5.0}) {
       const double tick = factor * std::pow(10, power);
       if (tick >= low && tick <= high) ticks.push_back(tick);
@@ -226,9 +232,9 @@ std::string line_chart(const Words& words, const std::vector<Curve>& curves, boo
   const Bounds bounds = bounds_of(curves);
   Frame frame;
   frame.y_logarithmic = logarithmic;
-  std::tie(frame.y_low, frame.y_high) = frame.y_logarithmic
-                                            ? std::pair(bounds.y_low / 1.2, bounds.y_high * 1.2)
-                                            : range(bounds.y_low, bounds.y_high);
+  std::tie(frame.y_low, frame.y_high) =
+      frame.y_logarithmic ? std::pair(bounds.y_low / 1.2, std::min(bounds.y_high * 1.2, kMost))
+                          : range(bounds.y_low, bounds.y_high);
   std::tie(frame.x_low, frame.x_high) = range(bounds.x_low, bounds.x_high);
   if (bounds.x_low < bounds.x_high) frame.x_low = 0;
   std::string svg = open_svg(words, frame.bottom + 40);

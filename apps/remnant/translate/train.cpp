@@ -35,6 +35,14 @@ CorpusSource corpus_source(const TrainOptions& options) {
   return {options.data, options.source, options.target, options.pairs};
 }
 
+std::string fingerprint_of(const Corpus& corpus) {
+  std::string all;
+  for (const ParallelText* part : {&corpus.train, &corpus.validation, &corpus.test}) {
+    for (size_t i = 0; i < part->source.size(); ++i) all += part->source[i] + '\t' + part->target[i] + '\n';
+  }
+  return fingerprint(all);
+}
+
 /// A batch as the trainer sees it; `model` must outlive it.
 Minibatch minibatch(TransformerImpl& model, const Batch& batch) {
   Minibatch made{
@@ -191,20 +199,12 @@ class TranslationTask final : public Task {
                    words(corpus.test.target, options_.target));
     skipped_ = corpus.train.skipped_empty + corpus.validation.skipped_empty + corpus.test.skipped_empty;
 
-    const fs::path source_file = run_.path() / "source.vocabulary",
-                   target_file = run_.path() / "target.vocabulary";
-    if (options_.resume && fs::exists(source_file) && fs::exists(target_file)) {
-      if (!(Vocabulary::load(source_file) == source_vocabulary_ &&
-            Vocabulary::load(target_file) == target_vocabulary_)) {
-        throw Error("cannot resume " + run_.path().string() + ": the training text in " + options_.data +
-                    " is not the one that it was started with");
-      }
-    } else {
-      source_vocabulary_.save(source_file);
-      target_vocabulary_.save(target_file);
-    }
+    source_vocabulary_.save(run_.path() / "source.vocabulary");
+    target_vocabulary_.save(run_.path() / "target.vocabulary");
     write_config(run_, config_of(options_),
-                 {{"source_words", source_vocabulary_.size()}, {"target_words", target_vocabulary_.size()}});
+                 {{"source_words", source_vocabulary_.size()},
+                  {"target_words", target_vocabulary_.size()},
+                  {"data_fingerprint", fingerprint_of(corpus)}});
   }
 
   std::vector<Batch> made(int64_t first, int64_t count) const {
@@ -278,6 +278,7 @@ ordered_json train(const TrainOptions& options) {
   const Interrupt interrupt;
   const ordered_json config = config_of(ready);
   const RunFolder run = prepare_run(ready, config, fixed_keys(ready));
+  require_same_data(run, ready, fingerprint_of(corpus));
   TranslationTask task(ready, run, corpus);
   return app::train(task, ready, run, config);
 }
