@@ -2,6 +2,8 @@
 // and answers each with one line of JSON, so that the benchmark can let it take turns with its peers:
 //   step                one training step: {"fwd_ms", "bwd_ms", "step_ms"}
 //   bytes               {"kept_bytes", "peak_bytes"} of a step
+//   products            {"step"}: multiply-adds of a forward and backward, as far as ATen makes the products:
+//                       all of them under REMNANT_CPU=composite
 //   shape BATCH LENGTH  from now on steps of this shape, at most the program's: what a budget's plan predicts
 //                       for them, {"kept_bytes", "peak_bytes"}
 //   quit
@@ -31,13 +33,16 @@
 #include <ATen/ops/randint.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
+#include <ATen/record_function.h>
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <iostream>
 #include <memory>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace {
@@ -156,6 +161,35 @@ class Language final : public Model {
   int64_t bits_;
 };
 
+/// Counts the multiply-adds of ATen's matrix products while it lives; one at a time.
+class ProductCounter {
+ public:
+  ProductCounter() {
+    count_ = 0;
+    handle_ = at::addGlobalCallback(
+        at::RecordFunctionCallback(&seen).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
+  }
+  ~ProductCounter() { at::removeCallback(handle_); }
+  ProductCounter(const ProductCounter&) = delete;
+  ProductCounter& operator=(const ProductCounter&) = delete;
+  static int64_t count() { return count_; }
+
+ private:
+  static std::unique_ptr<at::ObserverContext> seen(const at::RecordFunction& call) {
+    const std::string_view name = call.name();
+    const bool plain = name == "aten::mm" || name == "aten::bmm";
+    const bool added = name == "aten::addmm" || name == "aten::addmm_" || name == "aten::baddbmm";
+    if (plain || added) {
+      const size_t first = added ? 1 : 0;  // behind what is added to
+      count_ += call.inputs()[first].toTensor().numel() * call.inputs()[first + 1].toTensor().size(-1);
+    }
+    return nullptr;
+  }
+
+  inline static std::atomic<int64_t> count_ = 0;
+  at::CallbackHandle handle_ = 0;
+};
+
 class Trainer {
  public:
   explicit Trainer(std::unique_ptr<Model> model) : model_(std::move(model)) {
@@ -194,6 +228,13 @@ class Trainer {
     const Tensor loss = model_->loss();
     out << "{\"kept_bytes\": " << remnant::memory::kept_bytes({loss}, {loss}) << ", \"peak_bytes\": " << peak
         << "}";
+  }
+
+  void products(std::ostream& out) {
+    const ProductCounter counter;
+    model_->loss().backward();
+    out << "{\"step\": " << ProductCounter::count() << "}";
+    at::_foreach_zero_(gradients_);
   }
 
   void update() {
@@ -257,6 +298,7 @@ int main(int count, char** words) {
       rest >> command >> b >> l;
       if (command == "step") trainer.step(std::cout);
       if (command == "bytes") trainer.bytes(meter, std::cout);
+      if (command == "products") trainer.products(std::cout);
       if (command == "shape") trainer.shape(b, l, std::cout);
       std::cout << std::endl;
     }
