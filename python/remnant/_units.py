@@ -2,18 +2,25 @@
 
 `find_runs` traces a model to learn what follows each convolution. While the model runs, a converted convolution and its
 norm return a `Pending`, which `+` and an activation complete; whatever else touches it makes it a tensor first. So the
-tracing decides what is joined, never whether the result is right.
+tracing decides what is joined, never whether the result is right. For that a `Call` holds all that PyTorch's layers
+would have read when they were called, whenever it runs.
 """
 
 import contextlib
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable
+import random
+import sys
+import types
+import warnings
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
@@ -75,96 +82,232 @@ def activation_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> s
 
 
 def version_of(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+@dataclasses.dataclass(frozen=True)
+class Modes:
+    """What of the state around a call decides on what it computes."""
+
+    kind: str  # of device
+    gradients: bool
+    autocast: bool
+    dtype: torch.dtype | None  # autocast's
+
+    @staticmethod
+    def now(kind: str) -> "Modes":
+        gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return Modes(kind, gradients, False, None)
+        return Modes(kind, gradients, True, torch.get_autocast_dtype(kind))
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(self.gradients))
+            if Modes.now(self.kind) != self:
+                stack.enter_context(torch.autocast(self.kind, self.dtype, self.autocast))
+            yield
+
+
+def seeded(x: Tensor) -> torch.Generator | None:
+    """What a call rounds by when it runs at last. Seeded when it is called: so the default generator is at the same
+    point behind it whether it waits or not, as a reentrant checkpoint's two runs need."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta or (
+            x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    return torch.Generator(x.device).manual_seed(int(torch.ops.remnant.draw_seed(x.new_empty(0, device="cpu"))[0]))
 
 
 @dataclasses.dataclass
 class Call:
-    """One run of a convolution and perhaps its norm."""
+    """One run of a convolution and perhaps its norm, with what they read when they were called."""
 
     conv: Any
     input: Tensor
+    weight: Tensor
+    bias: Tensor | None
     memory: str
-    gradients: bool
-    version: int  # of input
-    norm: Any = None
+    modes: Modes
+    versions: tuple[int, int]  # of input and weight
+    shape: tuple[int, ...]  # of the output
+    generator: torch.Generator | None = None
+    norm: dict[str, Any] | None = None  # conv_norm_act's arguments
+    updates: bool = False  # the norm's running statistics take this batch
+    done: bool = False  # they have it
     recompute: bool = False  # the unit keeps its input alone
-    done: bool = False  # the norm's running statistics have this batch
+    around: tuple[nn.Module, ...] = ()
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        conv, padding = self.conv, padding_of(self.conv) or []
-        sizes = zip(self.input.shape[2:], padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
-        return (self.input.shape[0], conv.out_channels,
-                *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes))
+    @staticmethod
+    def of(conv: Any, input: Tensor, memory: str) -> "Call":
+        weight, bias = conv.weight, conv.bias
+        sizes = zip(input.shape[2:], padding_of(conv) or [], conv.dilation, weight.shape[2:], conv.stride, strict=True)
+        shape = (input.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes))
+        return Call(conv, input, weight, bias, memory, Modes.now(input.device.type),
+                    (version_of(input), version_of(weight)), shape, None if memory == "exact" else seeded(input),
+                    around=conv.around)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        kind = self.input.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.input.dtype
-
-    def check(self) -> None:
-        if version_of(self.input) != self.version:
-            raise RuntimeError(f"convert: the input of {self.conv} was changed in place before the norm or activation "
-                               "behind it was read; change a copy, or give the layer the setting 'eager' by overrides")
-
-    def run(self, residual: Tensor | None, activation: str) -> Tensor:
-        self.check()
-        conv, norm, named = self.conv, self.norm, {}
+    def normed(self, norm: Any, recompute: bool) -> "Call":
+        """With what a norm reads, and all that it writes but for its running statistics."""
         if isinstance(norm, nn.GroupNorm):
-            named = {"norm": f"group:groups={norm.num_groups}"}
-        elif norm is None:
-            named = {"norm": "none"}
+            updates, named = False, {"norm": f"group:groups={norm.num_groups}"}
         else:
-            update = norm.training and norm.track_running_stats and not self.done
+            updates = norm.training and norm.track_running_stats and norm.running_mean is not None
             momentum = 0.0 if norm.momentum is None else norm.momentum
-            if update and norm.num_batches_tracked is not None:
+            if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
                 if norm.momentum is None:
                     momentum = 1.0 / float(norm.num_batches_tracked)
             training = norm.training or norm.running_mean is None
-            statistics = update or not training
+            statistics = updates or not training
             named = {"training": training, "momentum": momentum,
                      "running_mean": norm.running_mean if statistics else None,
                      "running_var": norm.running_var if statistics else None}
-        if norm is not None:
-            named |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+        named |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+        return dataclasses.replace(self, norm=named, updates=updates, recompute=recompute, around=norm.around)
+
+    @property
+    def sound(self) -> bool:
+        """Whether it will run, or else raise where PyTorch would: at once."""
+        known = self.modes.autocast or self.input.dtype == self.weight.dtype
+        return known and self.input.shape[1] == self.weight.shape[1] * self.conv.groups and min(self.shape[2:]) > 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        cast = self.modes.autocast and self.input.dtype != torch.double  # which autocast leaves as it is
+        return self.modes.dtype if cast else self.input.dtype
+
+    def check(self) -> None:
+        for x, version, name in zip((self.input, self.weight), self.versions, ("input", "weight"), strict=True):
+            if version_of(x) != version and not torch.compiler.is_compiling():
+                raise RuntimeError(f"convert: the {name} of {self.conv} was changed in place before the norm or "
+                                   "activation behind it was read; change a copy, or give the layer the setting "
+                                   "'eager' by overrides")
+
+    def run(self, residual: Tensor | None, activation: str) -> Tensor:
+        conv, named = self.conv, {"norm": "none"} if self.norm is None else self.norm
+        if self.updates and self.done:
+            named = {**named, "running_mean": None, "running_var": None}
         self.done = True
+        self.check()
         return _ops.conv_norm_act(
-            self.input, conv.weight, conv.bias, residual=residual, stride=conv.stride, padding=padding_of(conv),
+            self.input, self.weight, self.bias, residual=residual, stride=conv.stride, padding=padding_of(conv),
             dilation=conv.dilation, groups=conv.groups, activation=activation, memory=self.memory,
-            recompute=self.recompute, **named)
+            generator=self.generator, recompute=self.recompute, **named)
+
+    def draw_for(self, activation: str) -> None:
+        """Draws what an activation's layer that joined draws when it is alone, as it is where no gradient is wanted."""
+        if activation == "silu" and any(
+                isinstance(each, nn.SiLU) and hasattr(each, "memory") and each.memory.bits and not each.inplace
+                for each in self.around):
+            torch.ops.remnant.draw_seed(self.input)
+
+    def __del__(self) -> None:
+        # A norm whose output nobody reads counts its batch all the same.
+        if self.updates and not self.done and not sys.is_finalizing():
+            try:
+                with self.modes.restored(), torch.no_grad():
+                    self.run(None, "identity")
+            except RuntimeError as error:
+                warnings.warn(f"the running statistics behind {self.conv} miss a batch: {error}", stacklevel=2)
 
 
-class Pending(Tensor):
-    """A convolution's output that is not computed yet, since norm, sum and activation may join it."""
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What a Pending stands for. then: what may join it, "norm" or one of Run's, or "sum" with a residual."""
 
     call: Call
     then: str
-    residual: Tensor | None
+    residual: Tensor | None = None
+    activation: str = "identity"
+
+    def run(self) -> Tensor:
+        call = self.call
+        call.check()
+        with call.modes.restored():
+            if call.norm is None and call.memory == "exact" and self.activation == "identity":
+                return call.conv._conv_forward(call.input, call.weight, call.bias)
+            return call.run(self.residual, self.activation)
+
+    def tensors(self) -> dict[str, Tensor]:
+        call, norm = self.call, self.call.norm or {}
+        named = {"input": call.input, "weight": call.weight, "bias": call.bias, "residual": self.residual,
+                 "norm_weight": norm.get("norm_weight"), "norm_bias": norm.get("norm_bias")}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def on(self, tensors: dict[str, Tensor]) -> "Unit":
+        """The same of other tensors, which counts for no statistics."""
+        tensors = dict(tensors)
+        residual = tensors.pop("residual", None)
+        own = {name: tensors.pop(name) for name in ("input", "weight", "bias") if name in tensors}
+        norm = None if self.call.norm is None else {**self.call.norm, **tensors}
+        return dataclasses.replace(self, residual=residual,
+                                   call=dataclasses.replace(self.call, done=True, norm=norm, **own))
+
+
+class _Joint(torch.autograd.Function):
+    """Puts a Pending into the graph, for what takes it in past __torch_function__: another autograd.Function.
+
+    Behind the tensors of its unit, or without one behind the tensor itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pending: "Pending", unit: Unit | None, *tensors: Tensor) -> Tensor:
+        ctx.mark_dirty(pending)
+        ctx.set_materialize_grads(False)
+        ctx.unit = unit
+        return pending
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        if gradient is None or ctx.unit is None:
+            return (None, None, *(gradient for _ in wanted))
+        # By itself: a tensor of the unit may come from another one.
+        tensors = ctx.unit.tensors()
+        leaves = {name: x.detach().requires_grad_(want)
+                  for (name, x), want in zip(tensors.items(), wanted, strict=True)}
+        found = iter(torch.autograd.grad(ctx.unit.on(leaves).run(), [x for x in leaves.values() if x.requires_grad],
+                                         gradient, allow_unused=True))
+        return (None, None, *(next(found) if want else None for want in wanted))
+
+
+class Pending(Tensor):
+    """A convolution's output that is not computed yet, since norm, sum and activation may join it.
+
+    It has no data. What gets by __torch_function__ comes to _Joint in the graph, and to __torch_dispatch__ below it.
+    """
+
+    unit: Unit
     made: Tensor | None
 
     @staticmethod
-    def of(call: Call, then: str, residual: Tensor | None = None) -> "Pending":
-        # A tensor without data: what gets by __torch_function__ fails instead of reading rubbish.
-        self = Tensor._make_subclass(Pending, torch.empty(0, device="meta"))
-        self.call, self.then, self.residual, self.made = call, then, residual, None
-        return self
+    def of(unit: Unit) -> "Pending":
+        call = unit.call
+        self = Tensor._make_wrapper_subclass(Pending, call.shape, dtype=call.dtype, device=call.input.device)
+        return self.become(unit)
+
+    def become(self, unit: Unit, made: Tensor | None = None) -> "Pending":
+        self.unit, self.made = unit, made
+        return self._join(unit, *unit.tensors().values())
+
+    def _join(self, unit: Unit | None, *tensors: Tensor) -> "Pending":
+        with torch._C.DisableTorchFunctionSubclass():
+            return _Joint.apply(self, unit, *tensors)
 
     @property
     def open(self) -> bool:
-        return self.made is None and self.call.gradients == torch.is_grad_enabled()
+        """Whether something can join: what it computes does not depend on whether it waits."""
+        modes = self.unit.call.modes
+        return self.made is None and modes == Modes.now(modes.kind)
 
     def value(self) -> Tensor:
         """The tensor itself, for a reader that takes no part in the unit."""
         if self.made is None:
-            call = self.call
-            call.check()
-            with torch.set_grad_enabled(call.gradients):
-                if call.norm is None:
-                    self.made = call.conv.alone(call.input)
-                else:
-                    self.made = call.run(self.residual, "identity")
+            self.made = self.unit.run()
         return self.made
 
     @classmethod
@@ -174,10 +317,12 @@ class Pending(Tensor):
         if func in _ACTIVATIONS:
             first = args[0] if args else kwargs.get("input")
             activation = activation_of(func, args, kwargs)
-            if isinstance(first, Pending) and first.open and activation and first.then in ("activation", "sum"):
-                result = first.call.run(first.residual, activation)
+            if isinstance(first, Pending) and activation and first.unit.then in ("activation", "sum") and first.open:
+                unit = dataclasses.replace(first.unit, then="", activation=activation)
+                result = unit.call.run(unit.residual, activation)
+                unit.call.draw_for(activation)
                 if kwargs.get("inplace") or func.__name__.endswith("_"):
-                    first.made = result  # the same tensor in the reader's eyes
+                    first.become(unit, result)  # the same tensor in the reader's eyes
                 return result
         elif len(args) == 2 and not kwargs and (func in _ADDS or func in _ADDS_IN_PLACE):
             main, other = args
@@ -185,28 +330,51 @@ class Pending(Tensor):
                 main, other = other, main
             if isinstance(main, Pending) and main.takes(other):
                 return main.plus(other, func in _ADDS_IN_PLACE)
-        args, kwargs = tree_map(lambda x: x.value() if isinstance(x, Pending) else x, (args, kwargs))
+        read: list[tuple[Pending, int]] = []
+
+        def value(x: Any) -> Any:
+            if not isinstance(x, Pending):
+                return x
+            made = x.value()
+            read.append((x, version_of(made)))
+            return made
+
+        args, kwargs = tree_map(value, (args, kwargs))
+        result = func(*args, **kwargs)
+        for pending, version in read:
+            if version_of(pending.value()) != version:  # changed in place
+                pending._join(None, pending.value())
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types: Iterable[type], args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        def data(x: Any) -> Any:
+            if not isinstance(x, Pending):
+                return x
+            # Nothing is recorded here, so that what runs is no value for readers above.
+            return (x.unit.run() if x.made is None else x.made).detach().to(x.unit.call.dtype)
+
+        args, kwargs = tree_map(data, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def takes(self, other: Any) -> bool:
         """Whether a summand can join the unit."""
-        if not self.open or not self.then.startswith("add") or not isinstance(other, Tensor):
+        if not self.unit.then.startswith("add") or not isinstance(other, Tensor) or not self.open:
             return False
         if isinstance(other, Pending):
             other = other.value()
-        return tuple(other.shape) == self.call.shape and other.dtype == self.call.dtype
+        return tuple(other.shape) == self.unit.call.shape and other.dtype == self.unit.call.dtype
 
     def plus(self, other: Tensor, in_place: bool) -> Tensor:
         other = other.value() if isinstance(other, Pending) else other
-        if self.then == "add":
-            result = self.call.run(other, "identity")
+        unit = dataclasses.replace(self.unit, then="sum", residual=other)
+        if self.unit.then == "add":
+            result = unit.call.run(other, "identity")
             if in_place:
-                self.made = result
+                self.become(unit, result)
             return result
-        if not in_place:
-            return Pending.of(self.call, "sum", other)
-        self.residual, self.then = other, "sum"
-        return self
+        return self.become(unit) if in_place else Pending.of(unit)
 
 
 def _kind(module: nn.Module | None) -> type:
@@ -239,6 +407,54 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _reachable(model: nn.Module) -> list[Any]:
+    """The dictionaries, lists, sets and deques that a model's Python may write into."""
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
+    left: list[Any] = [model]
+    while left:
+        x = left.pop()
+        if id(x) in seen or isinstance(x, (Tensor, type, types.ModuleType, types.FunctionType, str, bytes, int, float)):
+            continue
+        home = type(x).__module__.partition(".")[0]
+        seen[id(x)] = x  # which keeps its id its own
+        if type(x) in (dict, OrderedDict, defaultdict):
+            found[id(x)] = x
+            left.extend(x.values())
+        elif type(x) in (list, set, deque, tuple):
+            if type(x) is not tuple:
+                found[id(x)] = x
+            left.extend(x)
+        elif home not in sys.stdlib_module_names and isinstance(getattr(x, "__dict__", None), dict):
+            left.append(x.__dict__)  # not of loggers and locks, which are everybody's
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _state_as_before(model: nn.Module) -> Iterator[None]:
+    """Puts back what a forward's Python writes into its model, proxies while it is traced, and random states."""
+    held = [(each, each.copy()) for each in _reachable(model)]
+    devices = sorted({x.device.index or 0 for x in model.parameters() if x.is_cuda})
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices, device_type="cuda"), buffers_as_before(model):
+            yield
+    finally:
+        random.setstate(state)
+        for each, before in held:
+            if _contents(each) == _contents(before):
+                continue
+            each.clear()
+            if isinstance(each, (dict, set)):
+                each.update(before)
+            else:
+                each.extend(before)
+
+
+def _contents(x: Any) -> list[Any]:
+    return [(id(key), id(value)) for key, value in x.items()] if isinstance(x, dict) else [id(each) for each in x]
 
 
 def _trace(module: nn.Module) -> fx.Graph | None:
@@ -358,10 +574,15 @@ def _fits(norm: nn.Module | None, conv: nn.Module) -> bool:
 
 def find_runs(model: nn.Module) -> tuple[list[Run], dict[int, str]]:
     """The runs of a model's convolutions, and why others of its norms take part in none, by id."""
+    if not any(isinstance(each, CONVOLUTIONS) for each in model.modules()):
+        return [], {}
+    with _state_as_before(model):
+        return _runs(list(_graphs(model)))
+
+
+def _runs(graphs: list[tuple[nn.Module, fx.Graph]]) -> tuple[list[Run], dict[int, str]]:
     calls: dict[int, list[Run | None]] = {}
     against: dict[int, str] = {}
-    with buffers_as_before(model):
-        graphs = list(_graphs(model))
     for root, graph in graphs:
         mains: set[fx.Node] = set()  # sums that a unit has taken
         nodes = [node for node in graph.nodes if _kind(_called(node, root)) in CONVOLUTIONS]

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 
 import pytest
 import torch
@@ -374,12 +375,38 @@ def test_checkpoint(memory, reentrant):
         assert (found[1][name] - g).norm() <= tolerance * (1 + g.norm()), name
 
 
-def test_compile_autocast_copies_and_gradients_off():
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=8"])
+def test_compile(memory):
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 3, 8, 8)
+    other = remnant.convert(copy.deepcopy(model), memory)
+    torch._dynamo.reset()
+    found, wanted = outcome(torch.compile(other, fullgraph=True, backend="aot_eager"), x), outcome(model, x)
+    assert torch.allclose(found[0], wanted[0], atol=1e-4)
+    for (name, g), h in zip(wanted[1].items(), found[1].values(), strict=True):
+        assert (g - h).norm() <= (1e-4 if memory == "exact" else 0.1) * (1 + g.norm()), name
+
+
+@pytest.mark.parametrize("way", ["in place", "around"])
+def test_a_compiled_part_behind_a_convolution(way):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())), torch.randn(2, 3, 6, 6)
+    other = remnant.convert(copy.deepcopy(model))
+    torch._dynamo.reset()
+    if way == "in place":
+        other[1].compile(backend="aot_eager")
+    else:
+        other[1] = torch.compile(other[1], backend="aot_eager")
+    for _ in range(2):
+        for (name, g), h in zip(outcome(model, x)[1].items(), outcome(other, x)[1].values(), strict=True):
+            assert torch.allclose(g, h, atol=1e-3), name
+    assert all(torch.allclose(a.float(), b.float()) for a, b in zip(model.buffers(), other.buffers(), strict=True))
+
+
+def test_autocast_copies_and_gradients_off():
     torch.manual_seed(0)
     model, x = Net(), torch.randn(4, 3, 8, 8)
     other = remnant.convert(copy.deepcopy(model))
-    torch._dynamo.reset()
-    assert_same(outcome(torch.compile(other, fullgraph=True, backend="aot_eager"), x)[:1] + ({}, {}), outcome(model, x)[:1] + ({}, {}))
     with torch.autocast("cpu", torch.bfloat16):
         a, b = model(x), other(x)
         assert a.dtype == b.dtype and torch.allclose(a, b, atol=0.1)
@@ -464,3 +491,239 @@ def test_hugging_face_resnet(kind):
     assert kept(other, x) < 0.65 * kept(model, x)
     other.load_state_dict(model.state_dict())
     assert_same(outcome(other, x), outcome(model, x))
+
+
+class Changing(nn.Module):
+    """conv, norm, activation, around which something changes from what tracing saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.ReLU()
+        self.own = None
+        self.other = nn.Parameter(torch.randn(3, 3, 3, 3))
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x))) if self.own is None else self.own(self, x)
+
+
+def _swapped(self, x):
+    weight, self.conv._parameters["weight"] = self.conv.weight, self.other
+    y = self.conv(x)
+    self.conv._parameters["weight"] = weight
+    return self.relu(self.bn(y))
+
+
+def _called_functionally(self, x):
+    return self.relu(self.bn(torch.func.functional_call(self.conv, {"weight": self.other}, (x,))))
+
+
+def _norm_swapped(self, x):
+    weight, momentum, self.bn.momentum = self.bn.weight, self.bn.momentum, 0.7
+    self.bn._parameters["weight"] = self.other[:, 0, 0, 0]
+    y = self.bn(self.conv(x))
+    self.bn.momentum, self.bn._parameters["weight"] = momentum, weight
+    return self.relu(y)
+
+
+def _norm_evaluating(self, x):
+    self.bn.eval()
+    y = self.bn(self.conv(x))
+    self.bn.train()
+    return self.relu(y)
+
+
+def _autocast(inside, outside):
+    def run(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                y = self.conv(x)
+            return self.relu(self.bn(y))
+
+    return run
+
+
+def _unread_by_inference(self, x):
+    y = self.bn(self.conv(x))
+    with torch.inference_mode():
+        y.mean()
+    return self.relu(y)
+
+
+def _dropped(self, x):
+    self.bn(self.conv(x))
+    return x + self.conv(x).mean()
+
+
+@pytest.mark.parametrize("own", [_swapped, _called_functionally, _norm_swapped, _norm_evaluating, _unread_by_inference,
+                                 _autocast(True, False), _autocast(False, True), _dropped])
+def test_a_layer_reads_its_state_when_it_is_called(own):
+    torch.manual_seed(0)
+    model, x = Changing(), torch.randn(2, 3, 6, 6) + 1
+    other = remnant.convert(copy.deepcopy(model))
+    assert other.bn.then == "activation"
+    model.own = other.own = own
+    for _ in range(2):
+        (a, ga, ba), (b, gb, bb) = outcome(model, x), outcome(other, x)
+        assert a.dtype == b.dtype and torch.allclose(a, b, atol=1e-4)
+        for name, g in ga.items():
+            assert (g is None) == (gb[name] is None) and (g is None or torch.allclose(g, gb[name], atol=1e-3)), name
+        for name in ba:
+            assert torch.allclose(ba[name], bb[name], atol=1e-5), name
+
+
+def test_errors_come_from_where_they_belong():
+    model = remnant.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    for x in (torch.randn(2, 5, 6, 6), torch.randn(2, 3, 2, 2), torch.randn(2, 3, 6, 6).double()):
+        with pytest.raises(RuntimeError):
+            model(x)
+    assert model[1].num_batches_tracked == 0
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
+class Reversible(torch.autograd.Function):
+    """Runs a layer again in backward, as reversible blocks do."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.layer(x)
+        torch.autograd.backward(y, gradient)
+        return x.grad, None
+
+
+def _reentrant(f, *inputs):
+    return checkpoint(f, *inputs, use_reentrant=True)
+
+
+def _added_to(y, x):
+    z = y
+    z += x
+    return y
+
+
+def _relu_in_place(self, x):
+    y = self.bn(self.conv(x)) + x
+    functional.relu_(y)
+    return y
+
+
+@pytest.mark.parametrize("end", ["activation", "add activation"])
+@pytest.mark.parametrize("own", [
+    lambda self, x: Square.apply(self.conv(x)), lambda self, x: Square.apply(self.bn(self.conv(x))),
+    lambda self, x: Square.apply(self.bn(self.conv(x)) + x), lambda self, x: Square.apply(_added_to(self.conv(x), x)),
+    lambda self, x: Square.apply(_relu_in_place(self, x)), lambda self, x: self.bn(Reversible.apply(x, self.conv)),
+    lambda self, x: self.relu(Reversible.apply(self.conv(x), self.bn)),
+    lambda self, x: self.bn(_reentrant(self.conv, x)),
+    lambda self, x: _reentrant(lambda y: self.relu(self.bn(y)), self.conv(x)),
+    lambda self, x: _reentrant(lambda y, z: self.relu(y + z), self.bn(self.conv(x)), x),
+])
+@pytest.mark.parametrize("training", [True, False])
+def test_autograd_functions_between_layers(own, end, training):
+    torch.manual_seed(0)
+    model, x = Changing().train(training), torch.randn(2, 3, 6, 6)
+    model.bn.momentum = 0.0  # a layer that runs twice moves statistics twice, and in other places
+    other = copy.deepcopy(model)
+    other.own = (lambda self, x: self.relu(self.bn(self.conv(x)) + x)) if "add" in end else None
+    remnant.convert(other)
+    assert other.bn.then == end
+    model.own = other.own = lambda self, x: own(self, 2 * x)
+    wanted, found = outcome(model, x), outcome(other, x)
+    assert torch.allclose(found[0], wanted[0], atol=1e-4)
+    for name, g in wanted[1].items():
+        other_g = found[1][name]
+        assert (g is None) == (other_g is None) and (g is None or torch.allclose(other_g, g, atol=1e-3)), name
+
+
+def test_a_sum_in_place_before_an_autograd_function():
+    torch.manual_seed(0)
+    model, x = Changing(), torch.randn(2, 3, 6, 6)
+    other = copy.deepcopy(model)
+    other.own = lambda self, x: self.relu(self.bn(self.conv(x)) + x)
+    remnant.convert(other)
+    model.own = other.own = lambda self, x: Square.apply(_added_to(self.bn(self.conv(x)), 2 * x))
+    wanted, found = outcome(model, x), outcome(other, x)
+    for name in ("conv.weight", "bn.weight", "bn.bias", "input"):
+        assert torch.allclose(found[1][name], wanted[1][name], atol=1e-3), name
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, lambda: functional.silu])
+def test_both_runs_of_a_reentrant_checkpoint_draw_the_same(activation):
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.act, self.drop = activation(), nn.Dropout(0.5)
+
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            masks.append(self.drop(torch.ones_like(x)))
+            y = self.act(y + masks[-1])
+            masks.append(self.drop(torch.ones_like(x)))
+            return y * masks[-1]
+
+    masks, model, x = [], Drops(), torch.randn(2, 3, 6, 6, requires_grad=True)
+    remnant.convert(model, "unbiased:bits=4")
+    assert model.bn.then == "add activation"
+    masks.clear()
+    checkpoint(model, x, use_reentrant=True).sum().backward()
+    assert len(masks) == 4 and torch.equal(masks[0], masks[2]) and torch.equal(masks[1], masks[3])
+
+
+def test_tracing_leaves_nothing_behind():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.left = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.calls, self.grid, self.seen, self.cache = 0, None, [], {"inner": {}}
+
+        def forward(self, x):
+            self.calls += 1
+            if self.grid is None:
+                self.grid = torch.linspace(0, 1, 6) * x.new_ones(())
+            y = functional.relu(self.bn(self.conv(x + self.grid))) + torch.rand(()) * random.random()
+            self.seen.append(y)
+            self.cache["inner"]["y"] = self.last = y
+            return self.left(y)
+
+    model = Keeps()
+    state, python = torch.get_rng_state(), random.getstate()
+    remnant.convert(model)
+    found = remnant.conversion(model)
+    assert "bn" in found.converted and found.left["left"][1] == "tracing found no convolution that it alone follows"
+    assert model.calls == 0 and model.grid is None and model.seen == [] and model.cache == {"inner": {}}
+    assert not hasattr(model, "last") and torch.equal(torch.get_rng_state(), state) and random.getstate() == python
+    assert remnant.conversion(copy.deepcopy(model)).left == found.left
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+    remnant.conversion(model)
+    assert model.calls == 1
+
+
+def test_buffers_without_data_or_dense_values():
+    with torch.device("meta"):
+        model = remnant.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    assert units(model) == ["1"] and model[1].running_mean.is_meta
+    sparse, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), torch.randn(2, 3, 6, 6)
+    sparse.register_buffer("adjacency", torch.eye(4).to_sparse())
+    assert units(remnant.convert(sparse)) == ["1"] and remnant.memory_report(sparse, x).kept_bytes
+    lazy = remnant.convert(nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU()))
+    assert lazy(x).shape == (2, 4, 4, 4)
+    with torch._subclasses.FakeTensorMode():
+        fake = remnant.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), "unbiased:bits=4")
+        assert fake(torch.randn(2, 3, 6, 6)).shape == (2, 4, 4, 4)
