@@ -7,6 +7,7 @@
 `remnant.convert(model)` does this by itself, and more. transformers is imported only where it is used.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from remnant import _ops
 from remnant._policy import Policy
-from remnant.nn import Converted, _takes_part
+from remnant._weights import with_gradient
+from remnant.nn import Converted, _alike, _as_laid_out, _fits, _plain, _takes_part
 
 NAME = "remnant"
 _POLICY, _BEFORE = "_remnant_attention", "_remnant_attention_before"
@@ -24,41 +26,75 @@ _POLICY, _BEFORE = "_remnant_attention", "_remnant_attention_before"
 _REFUSED = ("softcap", "s_aux", "cache")
 
 
-class Gelu(Converted, nn.Module):
+class _Twin(Converted, nn.Module):
+    """A twin of classes that transformers defines: `_class_of` makes a subclass of both, which `isinstance` knows."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        twin, found = type(self).__bases__[0], self.torch_class
+        if type(self) is not _class_of(twin, found):  # what FSDP or a parametrization made of it
+            return super().__reduce_ex__(protocol)
+        return _empty, (twin, found), self.__getstate__()  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _class_of(twin: type, found: type) -> type:
+    names = {"__module__": __name__, "__doc__": twin.__doc__, "torch_class": found}
+    return type(found.__name__, (twin, found), names)
+
+
+def _empty(twin: type, found: type) -> nn.Module:
+    """What pickle fills: classes made by `_class_of` have no name that it could look up."""
+    kind = _class_of(twin, found)
+    return kind.__new__(kind)
+
+
+class Gelu(_Twin):
     """GELUActivation, GELUTanh and NewGELUActivation, which PyTorch's autograd keeps up to six tensors for."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _takes_part(self):
-            return self.torch_class.forward(self, input)  # type: ignore[attr-defined]
-        form = "none" if self.torch_class.__name__ == "GELUActivation" else "tanh"
-        return _ops.gelu(input, approximate=form, policy=self.memory.codes)
+        if not _takes_part(self) or not _fits(input):
+            return super().forward(input)
+        form, policy = "none" if self.torch_class.__name__ == "GELUActivation" else "tanh", self.memory.codes
+        return _as_laid_out(lambda x: _ops.gelu(x, approximate=form, policy=policy), input)
 
 
-class Silu(Converted, nn.Module):
+class Silu(_Twin):
     """SiLUActivation."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _takes_part(self):
-            return self.torch_class.forward(self, input)  # type: ignore[attr-defined]
-        return _ops.silu(input, policy=self.memory.codes)
+        if not _takes_part(self) or not _fits(input):
+            return super().forward(input)
+        return _as_laid_out(lambda x: _ops.silu(x, policy=self.memory.codes), input)
 
 
-class Conv1D(Converted, nn.Module):
+class Conv1D(_Twin):
     """GPT-2's linear layer, whose weight is [inputs, outputs]."""
 
+    __repr__ = nn.Module.__repr__  # transformers' has no place for the setting
+
+    def extra_repr(self) -> str:
+        inputs, outputs = self.weight.shape
+        return f"nf={outputs}, nx={inputs}, memory={self.memory}"
+
     def forward(self, x: Tensor) -> Tensor:
-        if not _takes_part(self) or not self.memory.bits:
-            return self.torch_class.forward(self, x)  # type: ignore[attr-defined]
-        return _ops.linear(x, self.weight.t(), self.bias, policy=self.memory.codes)
+        weight, bias = self.weight, self.bias
+        if not _takes_part(self) or not _alike(x, weight, bias) or not (self.memory.bits or _plain(x, weight)):
+            return super().forward(x)
+        return _ops.linear(x, weight.t(), bias, policy=self.memory.codes)
 
 
-class RmsNorm(Converted, nn.Module):
+class RmsNorm(_Twin):
     """Llama's normalisation and those that are written like it."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not _takes_part(self):
-            return self.torch_class.forward(self, hidden_states)  # type: ignore[attr-defined]
-        return _ops.rms_norm(hidden_states, self.weight, eps=self.variance_epsilon, policy=self.memory.codes)
+        weight, eps, policy = self.weight, self.variance_epsilon, self.memory.codes
+        if _takes_part(self) and _fits(hidden_states, weight):
+            if _alike(hidden_states, weight):
+                return _ops.rms_norm(hidden_states, weight, eps=eps, policy=policy)
+            if self.torch_class.__name__ == "T5LayerNorm" and hidden_states.dtype == torch.float32:
+                # T5 in half precision, whose residual stream is not: its norms give their weight's type.
+                return _ops.rms_norm(hidden_states, weight.float(), eps=eps, policy=policy).to(weight.dtype)
+        return super().forward(hidden_states)
 
 
 _TWINS = {
@@ -75,7 +111,18 @@ def twin_of(module: nn.Module) -> type | None:
         return None
     if kind.__name__ in ("GELUActivation", "GELUTanh") and getattr(module.act, "__self__", None) is module:
         return None  # spelled out in Python, on request
-    return _TWINS.get(kind.__name__)
+    twin = _TWINS.get(kind.__name__)
+    return None if twin is None else _class_of(twin, kind)
+
+
+_recorder: Any = None  # what transformers collects a model's outputs in
+
+
+def _recorded() -> bool:
+    """Whether a model was asked for its attentions. Not all hand `output_attentions` on to their layers (GPT-2)."""
+    if _recorder is None or (torch.compiler.is_compiling() and not _recorder.compiling):
+        return False  # dynamo cannot read a ContextVar
+    return any("attentions" in key for key in _recorder.get() or ())
 
 
 def attention_forward(
@@ -92,7 +139,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """What the attention interface of transformers calls: query [B, H, N, D], key and value [B, Hkv, M, D].
 
-    Under the policy that `convert` or `register` chose. Returns ([B, N, H, D], weights or None).
+    Under the policy that `convert` or `register` chose. Returns ([B, N, H, D], weights or None): the weights before
+    dropout, with a gradient.
 
     Saves for backward: what `remnant.attention` saves.
 
@@ -104,7 +152,8 @@ def attention_forward(
             raise ValueError(f"attn_implementation 'remnant' has no {name!r}: choose another attn_implementation for "
                              f"{type(module).__name__}")
     policy = getattr(module, _POLICY, None) or _registered
-    if policy.eager:
+    need_weights = bool(kwargs.get("output_attentions")) or _recorded()
+    if policy.eager and not need_weights:  # SDPA has none
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
@@ -127,10 +176,11 @@ def attention_forward(
             mask = position_bias + mask
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
-    need_weights = bool(kwargs.get("output_attentions"))
     result = _ops.attention(query, key, value, mask=mask, causal=causal, dropout=dropout, scale=scaling,
                             policy=policy.attention, need_weights=need_weights, bits=0 if need_weights else policy.bits)
     output, weights = result if need_weights else (result, None)
+    if need_weights:
+        weights = with_gradient(weights, query, key, mask, causal, scaling)
     return output.transpose(1, 2).contiguous(), weights
 
 
@@ -148,7 +198,7 @@ def register(policy: str | Policy = "exact") -> None:
         ImportError: transformers is not installed, or has no attention interface (before 4.48).
         ValueError: an unknown policy.
     """
-    global _registered
+    global _registered, _recorder
     chosen = Policy.parse(policy)
     try:
         from transformers import AttentionInterface
@@ -158,7 +208,11 @@ def register(policy: str | Policy = "exact") -> None:
                           ) from error
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    _registered = chosen
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:  # before 5: attention is told
+        _active_collector = None
+    _registered, _recorder = chosen, _active_collector
 
 
 def _models(model: nn.Module) -> list[nn.Module]:
@@ -186,9 +240,9 @@ def prepare(model: nn.Module, chosen: dict[str, Policy]) -> Callable[[], None]:
     models = _models(model)
     if not models or all(policy.eager for policy in chosen.values()):
         return lambda: None
+    register(_registered)  # may be refused
 
     def apply() -> None:
-        register(_registered)
         for each in models:
             before = each.config._attn_implementation
             try:
@@ -225,9 +279,14 @@ def memory_callback(every: int = 100, log: Callable[[dict[str, int], int], None]
 
     On every `every`-th step, once it is done, `remnant.memory_report` runs the batch that the model saw again (two
     forwards and a backward; gradients, buffers and random state stay). The numbers go to the Trainer's log_history, with
-    the step, and to `log`.
+    the step, into what the Trainer logs next for the callbacks behind this one, and to `log`.
 
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[remnant.hf.memory_callback(every=50)])
+
+    TensorBoard, W&B and what else `report_to` names come before it, and get the numbers by the Trainer itself:
+
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.add_callback(remnant.hf.memory_callback(every=50, log=lambda numbers, step: trainer.log(numbers)))
 
     Args:
         every: steps between two measurements; the first step is measured.
@@ -249,6 +308,7 @@ def memory_callback(every: int = 100, log: Callable[[dict[str, int], int], None]
         def __init__(self) -> None:
             self.handle: Any = None
             self.batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+            self.numbers: dict[str, int] = {}  # that no log has yet
 
         def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None,
                           **kwargs: Any) -> None:
@@ -265,13 +325,23 @@ def memory_callback(every: int = 100, log: Callable[[dict[str, int], int], None]
                         **kwargs: Any) -> None:
             batch = self.batch
             self._let_go()
-            if model is None or batch is None:
-                return
+            if model is None or batch is None or torch.autograd._profiler_enabled():
+                return  # two profilers end each other
             found = memory_report(model, *batch[0], **batch[1])
             numbers = {"kept_bytes": found.kept_bytes, "peak_bytes": found.peak_bytes}
-            state.log_history.append({**numbers, "step": state.global_step})
+            self.numbers, lines = numbers, len(state.log_history)
             if log is not None:
-                log(numbers, state.global_step)
+                wanted = control.should_log
+                log(dict(numbers), state.global_step)
+                control.should_log = wanted  # Trainer.log takes the step's own log for done
+            if not any("kept_bytes" in line for line in state.log_history[lines:]):
+                state.log_history.append({**numbers, "step": state.global_step})
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None,
+                   **kwargs: Any) -> None:
+            if logs is not None:
+                logs.update(self.numbers)
+                self.numbers = {}
 
         def _let_go(self) -> None:
             if self.handle is not None:

@@ -1,5 +1,11 @@
 """Hugging Face models: attention by its interface, whole models converted, Trainer."""
 
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -214,3 +220,147 @@ def test_generation_with_a_cache_is_eager_s():
     wanted = model.generate(inputs["input_ids"][:1], **options)
     remnant.convert(model)
     assert torch.equal(model.generate(inputs["input_ids"][:1], **options), wanted)
+
+
+def test_converted_layers_are_still_what_transformers_knows(tmp_path):
+    from transformers.activations import NewGELUActivation
+    from transformers.pytorch_utils import Conv1D
+
+    model, inputs = build("gpt2")
+    before = str(model)
+    remnant.convert(model, "unbiased:bits=4")
+    layer = model.transformer.h[0].attn.c_attn
+    assert isinstance(layer, Conv1D) and isinstance(model.transformer.h[0].mlp.act, NewGELUActivation)
+    assert type(layer) is type(model.transformer.h[1].attn.c_attn)
+    assert repr(layer) == "Conv1D(nf=96, nx=32, memory=unbiased:bits=4)"
+    with torch.no_grad():
+        layer.bias.fill_(5.0)
+    model._init_weights(layer)
+    assert not layer.bias.any()
+    wanted = output(model.eval(), inputs)
+    torch.save(model, tmp_path / "model.pt")
+    program = ("import sys, torch, remnant; path = sys.argv[1]; "
+               "torch.save(remnant.revert(torch.load(path, weights_only=False)), path)")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.allclose(output(other, inputs), wanted) and str(other) == str(model)
+        assert str(remnant.revert(other)) == before
+    subprocess.run([sys.executable, "-c", program, tmp_path / "model.pt"], check=True,
+                   env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    other = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(other.transformer.h[0].attn.c_attn) is Conv1D
+    assert torch.allclose(output(other, inputs), wanted, atol=1e-5)
+
+
+def test_revert_of_a_parametrized_layer_of_transformers():
+    from transformers.pytorch_utils import Conv1D
+
+    model, inputs = build("gpt2")
+    remnant.convert(model)
+    layer = model.transformer.h[0].attn.c_attn
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    wanted = gradients(model, inputs)
+    remnant.revert(model)
+    found = gradients(model, inputs)
+    assert isinstance(layer, Conv1D) and not isinstance(layer, remnant.nn.Converted)
+    assert torch.allclose(found[0], wanted[0], atol=1e-5)
+    close(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=8"])
+def test_t5_in_half_precision_with_one_layer_that_is_not(kind, memory):
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0)).to(kind)
+    for name, module in model.named_modules():
+        if name.endswith(".wo"):
+            module.float()
+    ids = torch.randint(5, 100, (2, 10))
+
+    def run():
+        model.zero_grad()
+        result = model(input_ids=ids, labels=ids, decoder_input_ids=ids)
+        result.loss.backward()
+        return result.logits, {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+
+    y, wanted = run()
+    remnant.convert(model, memory)
+    z, found = run()
+    assert z.dtype == y.dtype and torch.allclose(z, y, atol=0.05)
+    assert found.keys() == wanted.keys()
+    for name, g in wanted.items():
+        assert (found[name] - g).norm() <= 0.1 * (1e-2 + g.norm()), name
+
+
+def test_norms_and_linear_layers_of_other_types_do_as_transformers():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.pytorch_utils import Conv1D
+
+    norm, x = LlamaRMSNorm(8), torch.randn(2, 8).bfloat16()
+    wanted = norm(x)
+    found = remnant.convert(norm)(x)
+    assert found.dtype == wanted.dtype == torch.float32 and torch.equal(found, wanted)
+    layer = remnant.convert(Conv1D(4, 8), "unbiased:bits=4")
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(2, 8).double())
+
+
+def test_convert_changes_nothing_where_transformers_is_too_old(monkeypatch):
+    model, _ = build("bert")
+    before = str(model)
+    monkeypatch.setitem(sys.modules, "transformers.masking_utils", None)
+    with pytest.raises(ImportError, match="needs transformers with its attention interface"):
+        remnant.convert(model)
+    assert str(model) == before
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=8"])
+def test_attentions_are_eager_s_with_their_gradient(name, memory):
+    model, inputs = build(name)
+    model.set_attn_implementation("eager")
+    rows = inputs["attention_mask"].bool()[:, None, :, None]  # of places that are no padding
+
+    def run():
+        model.zero_grad()
+        found = model(**inputs, output_attentions=True).attentions
+        assert len(found) == 2
+        sum((w * rows).square().sum() for w in found).backward()
+        return found, {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    weights, wanted = run()
+    remnant.convert(model, memory, overrides={"*.1.*": "eager"})
+    others, found = run()
+    for a, b in zip(others, weights, strict=True):
+        assert torch.allclose(a * rows, b * rows, atol=1e-5)
+    close(found, wanted, 2e-4 if memory == "exact" else 0.1)
+    assert not getattr(model(**inputs), "attentions", None)
+
+
+@pytest.mark.parametrize("by", ["callbacks", "trainer"])
+def test_memory_callback_reaches_other_callbacks(tmp_path, by):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    class Seen(transformers.TrainerCallback):
+        def __init__(self):
+            self.lines = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.lines.append({**logs, "step": state.global_step})
+
+    rows = [{"input_ids": torch.arange(12) % 50 + i % 3, "labels": i % 2} for i in range(32)]
+    model = remnant.convert(transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL)))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+        disable_tqdm=True, use_cpu=True, logging_steps=1)
+    before, after = Seen(), Seen()
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[before])
+    named = {"log": lambda numbers, step: trainer.log(numbers)} if by == "trainer" else {}
+    trainer.add_callback(remnant.hf.memory_callback(2, **named))
+    trainer.add_callback(after)
+    trainer.train()
+    for seen in [after, before] if by == "trainer" else [after]:
+        assert [line["step"] for line in seen.lines if "kept_bytes" in line] == [1, 3]
+        assert [line["step"] for line in seen.lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in trainer.state.log_history if "kept_bytes" in line] == [1, 3]
+    assert all(0 < line["kept_bytes"] < line["peak_bytes"] for line in after.lines if "kept_bytes" in line)
