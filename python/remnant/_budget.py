@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from remnant import _report
+
 _UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _STEPS = 3
 
@@ -23,14 +25,19 @@ class Trial:
     step_ms: float
 
 
-def parse_bytes(text: str | int) -> int:
-    """Bytes of a number, or of a text such as "2GB", "60MB" (powers of 1000) or "512MiB".
+def parse_bytes(text: str | float) -> int:
+    """Bytes of a whole number, or of a text such as "2GB", "60MB" (powers of 1000) or "512MiB".
 
     Raises:
-        ValueError: another text, or less than one byte.
+        ValueError: another text or number, or less than one byte.
+        TypeError: neither a text nor a number.
     """
-    if isinstance(text, int):
-        size = text
+    if isinstance(text, bool) or not isinstance(text, (int, float, str)):
+        raise TypeError(f"budget should be a number of bytes or a text such as '2GB', got {type(text).__name__}")
+    if not isinstance(text, str):
+        if isinstance(text, float) and not text.is_integer():
+            raise ValueError(f"budget should be a whole number of bytes, got {text!r}")
+        size = int(text)
     else:
         found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]+)", text.strip())
         if not found or found[2] not in _UNITS or found[1].count(".") > 1 or found[1] == ".":
@@ -47,10 +54,10 @@ def loss_of(model: nn.Module, example: Any) -> Callable[[], Tensor]:
     Args:
         example: a function without arguments that gives the loss itself; or the model's inputs, as a tensor, a
             sequence, or a mapping of keyword arguments. Of what the model returns, `.loss` is taken where there is
-            one, else the sum of its floating-point tensors.
+            one, else the sum of its tensors that need a gradient.
     """
     if callable(example) and not isinstance(example, (Tensor, nn.Module)):
-        return example
+        return lambda: _report.loss_of(None, lambda _: example(), "convert")
 
     def run() -> Tensor:
         if isinstance(example, Mapping):
@@ -59,11 +66,7 @@ def loss_of(model: nn.Module, example: Any) -> Callable[[], Tensor]:
             result = model(*example)
         else:
             result = model(example)
-        if isinstance(getattr(result, "loss", None), Tensor):
-            return result.loss
-        tensors = [result] if isinstance(result, Tensor) else list(
-            result.values() if isinstance(result, Mapping) else result)
-        return sum(x.float().sum() for x in tensors if isinstance(x, Tensor) and x.is_floating_point())
+        return _report.loss_of(result, None, "convert")
 
     return run
 
@@ -71,21 +74,13 @@ def loss_of(model: nn.Module, example: Any) -> Callable[[], Tensor]:
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Gradients, buffers and random state afterwards as before; inside, gradients are zeros that exist."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = [p.grad for p in parameters]
-    buffers = [(b, b.clone()) for b in model.buffers()]
     cpu = torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
+    leaves = [p for p in model.parameters() if p.requires_grad]
     try:
-        yield
+        with _report.buffers_as_before(model), _report.gradients_aside(leaves), torch.enable_grad():
+            yield
     finally:
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
         torch.set_rng_state(cpu)
         if devices:
             torch.cuda.set_rng_state_all(devices)
@@ -98,16 +93,7 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    live = peak = 0
-    for each in sorted(events, key=lambda each: each.start_ns()):
-        live += each.nbytes()
-        peak = max(peak, live)
-    return peak
+    return _report.host_peak(step)
 
 
 def measure(model: nn.Module, loss: Callable[[], Tensor], memory: str) -> Trial:

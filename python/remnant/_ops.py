@@ -1,6 +1,7 @@
 """Python signatures of the library's ops."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -8,6 +9,27 @@ from torch import Tensor
 _ops = torch.ops.remnant
 
 
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False,
+    dropout: float = 0.0, scale: float | None = None, policy: str = "recompute",
+    window: Sequence[int] | None = None, generator: torch.Generator | None = None, need_weights: Literal[False] = False,
+    bits: int = 0,
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False,
+    dropout: float = 0.0, scale: float | None = None, policy: str = "recompute",
+    window: Sequence[int] | None = None, generator: torch.Generator | None = None, need_weights: Literal[True],
+    bits: int = 0,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False,
+    dropout: float = 0.0, scale: float | None = None, policy: str = "recompute",
+    window: Sequence[int] | None = None, generator: torch.Generator | None = None, need_weights: bool,
+    bits: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     query: Tensor,
     key: Tensor,
@@ -353,6 +375,21 @@ def rms_norm(
     return _ops.rms_norm(input, weight, eps, policy)
 
 
+@overload
+def dropout_add_layer_norm(
+    input: Tensor, residual: Tensor, p: float, weight: Tensor | None = None, bias: Tensor | None = None, *,
+    eps: float = 1e-5, generator: torch.Generator | None = None, need_sum: Literal[True] = True, policy: str = "exact",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def dropout_add_layer_norm(
+    input: Tensor, residual: Tensor, p: float, weight: Tensor | None = None, bias: Tensor | None = None, *,
+    eps: float = 1e-5, generator: torch.Generator | None = None, need_sum: Literal[False], policy: str = "exact",
+) -> Tensor: ...
+@overload
+def dropout_add_layer_norm(
+    input: Tensor, residual: Tensor, p: float, weight: Tensor | None = None, bias: Tensor | None = None, *,
+    eps: float = 1e-5, generator: torch.Generator | None = None, need_sum: bool, policy: str = "exact",
+) -> tuple[Tensor, Tensor] | Tensor: ...
 def dropout_add_layer_norm(
     input: Tensor,
     residual: Tensor,
@@ -750,7 +787,8 @@ def linear_cross_entropy(
         A scalar, or [N] for "none"; float32 (float64 for float64).
 
     Saves for backward: the gradients of input, weight and bias, where wanted; with fewer classes than features
-    (V < K) the logits' [N, V] and weight in place of input's. For "none" input, weight, bias and target, from which the backward makes its chunks of logits again.
+    (V < K) the logits' [N, V] and weight in place of input's; float16's in float32, since a loss's scale comes with
+    the backward. For "none" input, weight, bias and target, from which the backward makes its chunks of logits again.
 
     Raises:
         ValueError: an unknown reduction.

@@ -4,7 +4,11 @@ import dataclasses
 import difflib
 import re
 
-_FORMS = "'eager', 'exact', 'unbiased:bits=4' or a remnant.Policy"
+import torch
+
+from remnant import _ops
+
+_FORMS = "'eager', 'exact', 'unbiased:bits=4' or a remnant.Policy, for a whole model also 'budget=60MB' or a .json file"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Policy:
         eager: what PyTorch keeps; the other fields do not matter.
 
     Raises:
-        ValueError: other bits, or an attention policy beside bits.
+        ValueError: other bits, an unknown attention policy (with the nearest name), or one beside bits.
     """
 
     attention: str = "recompute"
@@ -30,14 +34,22 @@ class Policy:
     eager: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (0, 8, 4, 2):
+        if type(self.bits) is not int or self.bits not in (0, 8, 4, 2):
             raise ValueError(f"Policy: bits must be 0, 8, 4 or 2, got {self.bits!r}")
-        if self.bits and self.attention != "recompute":
+        if self.attention == "recompute":
+            return
+        if self.bits:
             raise ValueError(f"Policy: bits needs attention 'recompute', got {self.attention!r}")
+        if not isinstance(self.attention, str):
+            raise ValueError(f"Policy: attention must be a text such as 'recompute', got {self.attention!r}")
+        try:  # the library reads policies; the number does not matter
+            _ops.attention_residual_bytes(self.attention, 1, 1, 1, 4)
+        except RuntimeError as error:
+            raise ValueError(f"Policy: {str(error).splitlines()[0]}") from None
 
     @staticmethod
     def parse(text: "str | Policy") -> "Policy":
-        """The policy of a memory setting: "eager", "exact" or "unbiased:bits=b".
+        """The policy of a memory setting: "eager", "exact" or "unbiased:bits=b", or what str() of a policy gives.
 
         Raises:
             ValueError: another text, with the nearest setting's name.
@@ -53,9 +65,14 @@ class Policy:
             return Policy()
         if found := re.fullmatch(r"unbiased:bits=([842])", text):
             return Policy(bits=int(found[1]))
-        near = difflib.get_close_matches(text, ["eager", "exact", "unbiased:bits=4"], n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown memory setting {text!r}{hint} Settings are {_FORMS}")
+        if text and (found := re.fullmatch(r"(?:attention=(\w.*?))?(?:(?:^|,)(recompute=False))?", text)):
+            return Policy(found[1] or "recompute", recompute=found[2] is None)
+        if text.startswith("budget=") or text.endswith(".json"):
+            raise ValueError(f"{text!r} is a setting of a whole model, for remnant.convert alone, not of a layer: "
+                             "write 'eager', 'exact' or 'unbiased:bits=4'")
+        near = difflib.get_close_matches(text, ["eager", "exact", "unbiased:bits=4", "budget=60MB"], n=1, cutoff=0.3)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"unknown memory setting {text!r}{hint}; settings are {_FORMS}")
 
     @property
     def codes(self) -> str:
@@ -70,3 +87,9 @@ class Policy:
         parts = [] if self.attention == "recompute" else [f"attention={self.attention}"]
         parts += [] if self.recompute else ["recompute=False"]
         return ",".join(parts) or "exact"
+
+
+def setting_of(module: torch.nn.Module) -> Policy | None:
+    """The setting of a layer that `remnant.convert` gave one: its own, or of a Hugging Face model's attention."""
+    found = (module.__dict__.get(name) for name in ("memory", "_remnant_attention"))
+    return next((each for each in found if isinstance(each, Policy)), None)

@@ -1,21 +1,30 @@
 """remnant.memory_report: what a model keeps for its backward pass, layer by layer, and its peak."""
 
 import contextlib
+import dataclasses
 import html
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from remnant._ops import linear_code_bytes
+from remnant._policy import setting_of
+
 _MODEL, _LOSS = "(model)", "(loss)"
-_COLUMNS = ("layer", "op", "shape", "dtype", "count", "kept_bytes")
+_COLUMNS = ("layer", "op", "policy", "shape", "dtype", "count", "kept_bytes", "predicted_bytes", "eager_bytes")
+_SOMETIMES = ("policy", "predicted_bytes", "eager_bytes")  # shown where one is known
+_SUMS = ("count", "kept_bytes", "predicted_bytes", "eager_bytes")
 
 
 def memory_report(
@@ -23,6 +32,7 @@ def memory_report(
     *inputs: Any,
     loss: Callable[[Any], Tensor] | None = None,
     eager_model: nn.Module | None = None,
+    eager: bool = False,
     **kwargs: Any,
 ) -> "MemoryReport":
     """Runs model(*inputs, **kwargs) and its backward pass, and says what is kept for backward and the peak.
@@ -42,6 +52,8 @@ def memory_report(
         loss: makes of the model's output the number that backward starts from. When None: the output's own
             `.loss` where it has one, else the sum of the floating-point tensors in the output.
         eager_model: measured beside it, with the same inputs; `report.eager` is its report.
+        eager: of a converted model, whether it is measured as it was before `remnant.convert` too. That needs the
+            memory of PyTorch's own step meanwhile.
         kwargs: the model's keyword arguments.
 
     Returns:
@@ -57,15 +69,33 @@ def memory_report(
     Raises:
         TypeError: model is not a module, or loss gives no tensor.
         ValueError: a model in which nothing needs a gradient, or a loss of more than one element.
-        RuntimeError: a DistributedDataParallel wrapper, which counts its backwards: pass its module.
+        RuntimeError: a DistributedDataParallel wrapper, which counts its backwards: pass its module; or a profiler
+            that runs already, on the host.
     """
+    from remnant._convert import reverted  # which imports this file
+
     _check(model)
     if eager_model is not None:
         _check(eager_model)
     report = _measure(model, inputs, kwargs, loss)
     if eager_model is not None:
         report.eager = _measure(eager_model, inputs, kwargs, loss)
+    elif eager:
+        with reverted(model):
+            report.eager = _measure(model, inputs, kwargs, loss)
+    if report.eager is not None:
+        _put_beside(report.rows, report.eager.layers())
     return report
+
+
+def _put_beside(rows: list[dict[str, Any]], eager: dict[str, int]) -> None:
+    """Each layer's bytes in its first row, 0 in its others; a layer that keeps nothing here gets a row for them."""
+    left = dict(eager)
+    for row in rows:
+        row["eager_bytes"] = left.pop(row["layer"], 0)
+    for layer, size in left.items():
+        empty = {"layer": layer, "op": "-", "policy": None, "shape": (), "dtype": "-", "count": 0, "kept_bytes": 0}
+        rows.append({**empty, "predicted_bytes": None, "eager_bytes": size})
 
 
 class MemoryReport:
@@ -73,7 +103,9 @@ class MemoryReport:
 
     Attributes:
         rows: one dict for each layer, op, shape and dtype: layer (the module's name), op (the autograd node),
-            shape, dtype, count (of storages), kept_bytes; pandas.DataFrame(report.rows) takes them.
+            policy (of a converted layer, else None), shape, dtype, count (of storages), kept_bytes; and of the whole
+            layer, in its first row, predicted_bytes (None where no closed form is known: all but linear layers that
+            keep codes) and eager_bytes (None where eager was not measured). pandas.DataFrame(report.rows) takes them.
         kept_bytes: their sum.
         peak_bytes: the highest sum of live allocations in a forward and backward.
         model: the model's class.
@@ -108,22 +140,21 @@ class MemoryReport:
         contents: dict[str, tuple[tuple[Any, ...], ...]] = {}
         for row in self.rows:
             layer = row["layer"]
-            contents[layer] = (*contents.get(layer, ()), tuple(row[column] for column in _COLUMNS[1:]))
+            contents[layer] = (*contents.get(layer, ()), tuple(row.get(column) for column in _COLUMNS[1:]))
         result = []
         for name, rows, layers in folded_names(contents):
             for row in rows:
                 one = dict(zip(_COLUMNS, (name, *row), strict=True))
-                one["count"] *= layers
-                one["kept_bytes"] *= layers
+                one.update({column: one[column] * layers for column in _SUMS if one[column] is not None})
                 result.append(one)
         return result
 
     def _table(self) -> list[list[str]]:
-        lines = [["layer", "op", "shape", "dtype", "count", "kept"]]
-        for row in self.folded():
-            shape = "x".join(map(str, row["shape"])) or "1"
-            lines.append([row["layer"], row["op"], shape, row["dtype"], str(row["count"]), _size(row["kept_bytes"])])
-        return lines
+        rows = self.folded()
+        known = {column for row in rows for column in _COLUMNS if row[column] is not None}
+        shown = [column for column in _COLUMNS if column in known or column not in _SOMETIMES]
+        lines = [[column.removesuffix("_bytes") for column in shown]]
+        return lines + [[_cell(column, row[column]) for column in shown] for row in rows]
 
     def _totals(self) -> str:
         text = f"kept {_size(self.kept_bytes)}, peak {_size(self.peak_bytes)}"
@@ -132,7 +163,8 @@ class MemoryReport:
         return text
 
     def __str__(self) -> str:
-        return f"{self.model}: {self._totals()}\n{_aligned(self._table(), 4)}"
+        table = self._table()
+        return f"{self.model}: {self._totals()}\n{_aligned(table, table[0].index('count'))}"
 
     def __repr__(self) -> str:
         return f"<MemoryReport of {self.model}: {self._totals()}>"
@@ -263,6 +295,14 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
+def _cell(column: str, value: Any) -> str:
+    if column == "shape":
+        return "x".join(map(str, value)) or "1"
+    if column in ("predicted_bytes", "eager_bytes"):  # of a whole layer, in its first row
+        return _size(value) if value else ""
+    return "-" if value is None else _size(value) if column == "kept_bytes" else str(value)
+
+
 def _ratio(a: int, b: int) -> str:
     return f"{a / b:.3f}" if b else "-"
 
@@ -291,7 +331,7 @@ def _measure(
 ) -> MemoryReport:
     def forward() -> Tensor:
         output = model(*inputs, **kwargs)
-        return _loss_of(output, loss)
+        return loss_of(output, loss, "memory_report")
 
     tensors = [x for x in tree_leaves((inputs, kwargs)) if isinstance(x, Tensor)]
     devices = {x.device for x in (*model.parameters(), *model.buffers(), *tensors) if x.device.type == "cuda"}
@@ -306,30 +346,42 @@ def _measure(
     return MemoryReport(rows, peak, type(model).__name__)
 
 
-def _loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
+def loss_of(output: Any, loss: Callable[[Any], Tensor] | None, caller: str) -> Tensor:
+    """The number that backward starts from."""
     if loss is not None:
         value = loss(output)
         if not isinstance(value, Tensor):
-            raise TypeError(f"memory_report: loss must give a tensor, got {type(value).__name__}")
+            raise TypeError(f"{caller}: loss must give a tensor, got {type(value).__name__}")
         if value.numel() != 1:
-            raise ValueError(f"memory_report: loss must give one number, got shape {list(value.shape)}")
+            raise ValueError(f"{caller}: loss must give one number, got shape {list(value.shape)}")
     elif isinstance(getattr(output, "loss", None), Tensor):
         value = output.loss
     else:
-        parts = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+        parts = [x for x in _tensors(output) if x.requires_grad]
         value = torch.stack([x.abs().sum() if x.is_complex() else x.sum().float() for x in parts]).sum() \
             if parts else torch.zeros(())
     if not value.requires_grad:
-        raise ValueError("memory_report: nothing in the model's output needs a gradient, so nothing is kept: "
+        raise ValueError(f"{caller}: nothing in the model's output needs a gradient, so nothing is kept: "
                          "check requires_grad of its parameters")
     return value
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    for x in tree_leaves(output):
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, Mapping):  # of a kind that tree_leaves does not know
+            yield from _tensors(dict(x))
+        elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+            yield from _tensors([getattr(x, field.name) for field in dataclasses.fields(x)])
 
 
 @contextlib.contextmanager
 def buffers_as_before(model: nn.Module) -> Iterator[None]:
     """Puts back what the forward writes into buffers, such as running statistics."""
     modules = [(module, dict(module._buffers)) for module in model.modules()]
-    values = {id(x): (x, x.detach().clone()) for _, buffers in modules for x in buffers.values() if x is not None}
+    values = {id(x): (x, x.detach().clone(), _version(x)) for _, buffers in modules for x in buffers.values()
+              if x is not None and not is_lazy(x) and not x.is_meta and not isinstance(x, FakeTensor)}
     try:
         yield
     finally:
@@ -337,49 +389,69 @@ def buffers_as_before(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():
-            for x, value in values.values():
-                if not torch.equal(x, value):
+            for x, value, version in values.values():
+                # What kernels write, such as running statistics, counts no version; sparse ones cannot be compared.
+                if _version(x) != version or (x.layout == torch.strided and not torch.equal(x, value)):
                     x.copy_(value)
 
 
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
 @contextlib.contextmanager
-def _layer_names(model: nn.Module) -> Iterator[list[str]]:
-    """A stack of the names of the modules whose forward is running."""
+def _layer_names(model: nn.Module) -> Iterator[tuple[list[str], dict[str, int]]]:
+    """A stack of the names of the modules whose forward is running; and by name, what is to be kept where known."""
     running: list[str] = []
+    predicted: dict[str, int] = {}
     handles = []
+
+    def enter(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        running.append(name)
+        policy = setting_of(module)
+        if isinstance(module, nn.Linear) and policy is not None and policy.bits and inputs:
+            size = linear_code_bytes(inputs[0].numel(), policy.bits) if module.weight.requires_grad else 0
+            predicted[name] = predicted.get(name, 0) + size
 
     def leave(*_: Any) -> None:
         running.pop()
 
-    leave.looks_at_nothing = True  # type: ignore[attr-defined]  # units may wait in spite of it
+    for hook in (enter, leave):
+        hook.looks_at_nothing = True  # type: ignore[attr-defined]  # units may wait in spite of it
     try:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name or _MODEL)))
+            handles.append(module.register_forward_pre_hook(partial(enter, name or _MODEL)))
             handles.append(module.register_forward_hook(leave, always_call=True))
-        yield running
+        yield running, predicted
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _kept_rows(model: nn.Module, inputs: list[Tensor], forward: Callable[[], Tensor]) -> list[dict[str, Any]]:
+    modules = {name or _MODEL: module for name, module in model.named_modules()}
     own = [*model.parameters(), *model.buffers(), *inputs]
     left_out = {_address(x) for x in own}
     seen: list[tuple[weakref.ref[Tensor], StorageWeakRef, dict[str, Any], int]] = []
-    with _layer_names(model) as running:
+    with _layer_names(model) as (running, predicted):
 
         def pack(x: Tensor) -> Tensor:
             held = x.detach()  # a node's own output would hold the node, for ever
             address = _address(x)
             leaf = x.is_leaf and x.requires_grad
             if address is not None and address not in left_out and not leaf and x.untyped_storage().nbytes() > 0:
+                layer = running[-1] if running else _LOSS
+                policy = setting_of(modules[layer]) if layer in modules else None
                 row = {
-                    "layer": running[-1] if running else _LOSS,
+                    "layer": layer,
                     "op": "",
+                    "policy": None if policy is None else str(policy),
                     "shape": tuple(x.shape),
                     "dtype": str(x.dtype).removeprefix("torch."),
                     "count": 1,
                     "kept_bytes": x.untyped_storage().nbytes(),
+                    "predicted_bytes": None,
+                    "eager_bytes": None,
                 }
                 # The node that is saving was numbered last.
                 number = torch.autograd._get_sequence_nr() - 1
@@ -397,12 +469,14 @@ def _kept_rows(model: nn.Module, inputs: list[Tensor], forward: Callable[[], Ten
             continue
         counted.add(storage.cdata)
         row["op"] = names.get(number, "?")
-        key = tuple(row[column] for column in _COLUMNS[:4])
+        key = tuple(row[column] for column in ("layer", "op", "shape", "dtype"))
         if key in rows:
             rows[key]["count"] += 1
             rows[key]["kept_bytes"] += row["kept_bytes"]
         else:
             rows[key] = row
+            if row["layer"] in predicted:
+                row["predicted_bytes"], predicted[row["layer"]] = predicted[row["layer"]], 0
     return list(rows.values())
 
 
@@ -441,22 +515,12 @@ def _op_name(node: str) -> str:
 def _peak_bytes(
     model: nn.Module, inputs: list[Tensor], forward: Callable[[], Tensor], devices: list[torch.device]
 ) -> int:
-    leaves = list({id(x): x for x in (*model.parameters(), *inputs) if x.is_leaf and x.requires_grad}.values())
-    # Somebody who steps an optimizer when a gradient is ready must not see this backward.
-    watched = any(getattr(x, "_post_accumulate_grad_hooks", None) for x in leaves)
-    before = [x.grad for x in leaves]
+    leaves = [x for x in (*model.parameters(), *inputs) if x.is_leaf and x.requires_grad]
 
     def step() -> None:
-        value = forward()
-        if watched:
-            torch.autograd.grad(value, leaves, allow_unused=True)
-        else:
-            value.backward()
+        forward().backward()
 
-    try:
-        if not watched:
-            for x in leaves:
-                x.grad = torch.zeros_like(x)
+    with gradients_aside(leaves):
         if devices:
             live = []
             for device in devices:
@@ -465,13 +529,32 @@ def _peak_bytes(
                 live.append(torch.cuda.memory_allocated(device))
             step()
             return sum(torch.cuda.max_memory_allocated(d) - a for d, a in zip(devices, live, strict=True))
-        return _host_peak(step)
+        return host_peak(step)
+
+
+@contextlib.contextmanager
+def gradients_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, gradients are zeros that exist, and no hook of a leaf runs: it may step an optimizer. Then as before."""
+    leaves = list({id(x): x for x in leaves}.values())
+    gradients = [x.grad for x in leaves]
+    named = [getattr(x, name, None) for x in leaves for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+    hooks = [(each, dict(each)) for each in named if each]
+    try:
+        for each, _ in hooks:
+            each.clear()
+        for x in leaves:
+            x.grad = torch.zeros_like(x)
+        yield
     finally:
-        for x, grad in zip(leaves, before, strict=True):
-            x.grad = grad
+        for x, gradient in zip(leaves, gradients, strict=True):
+            x.grad = gradient
+        for each, before in hooks:
+            each.update(before)
 
 
-def _host_peak(step: Callable[[], None]) -> int:
+def host_peak(step: Callable[[], None]) -> int:
+    if torch.autograd._profiler_enabled():
+        raise RuntimeError("a profiler is running, which measuring a step's peak would end: measure outside of it")
     start_host_peak()
     try:
         step()

@@ -317,6 +317,37 @@ def test_a_budget_takes_the_fastest_setting_that_fits():
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_a_budget_mixes_settings_over_layers(monkeypatch):
+    """Where a faster setting does not fit, as few layers as it takes are leaner, and what was measured is what there is."""
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(WIDTH, HEADS, 64, 0.1, batch_first=True) for _ in range(5)))
+    x, seen = torch.randn(8, 24, WIDTH), {}
+    real = remnant._budget.measure
+
+    def measure(model, loss, memory):  # real bytes; times from what is converted, since clocks are noisy
+        trial = real(model, loss, memory)
+        lean = sum(str(each.memory) == "unbiased:bits=4" for each in model.modules() if hasattr(each, "memory"))
+        seen[str(model)] = trial.peak_bytes
+        times = {"exact": 1000.0, "recompute=False": 90.0}
+        return remnant._budget.Trial(memory, trial.peak_bytes, times.get(memory, 100.0) + lean)
+
+    monkeypatch.setattr(remnant._budget, "measure", measure)
+    peaks = {}
+    for name in (remnant.Policy(recompute=False), "unbiased:bits=4"):
+        remnant.convert(model, name)
+        peaks[str(name)] = remnant.memory_report(model, x).peak_bytes
+        remnant.revert(model)
+    budget = (peaks["recompute=False"] + peaks["unbiased:bits=4"]) // 2
+    remnant.convert(model, "unbiased:bits=4", budget=budget, example=x, overrides={"4.norm2": "exact"})
+    settings = [str(layer.linear1.memory) for layer in model]
+    lean = settings.count("unbiased:bits=4")
+    assert 0 < lean < 5 and settings == ["unbiased:bits=4"] * lean + ["recompute=False"] * (5 - lean)
+    assert str(model[4].norm2.memory) == "exact"
+    assert seen[str(model)] <= budget
+    fewer = [seen[text] for text in seen if text.count("memory=unbiased:bits=4") < str(model).count("memory=unbiased:bits=4")
+             and text.count("memory=recompute=False") > str(model).count("memory=recompute=False")]
+    assert fewer and min(fewer) > budget
+
+
 @pytest.mark.parametrize("budget", ["2 gigabytes", "GB", "1..5GB", 0, "-1GB"])
 def test_budgets_that_are_none(budget):
     with pytest.raises(ValueError, match="budget should be"):

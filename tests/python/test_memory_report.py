@@ -59,14 +59,12 @@ def test_rows_of_an_mlp():
     report = remnant.memory_report(mlp(), torch.randn(N, E))
     size = N * E * 4
     want = [
-        ("0.1", "Gelu", (N, E), "float32", 1, size),
-        ("1.0", "Addmm", (N, E), "float32", 1, size),
-        ("1.1", "Gelu", (N, E), "float32", 1, size),
-        ("2.0", "Addmm", (N, E), "float32", 1, size),
-        ("2.1", "Gelu", (N, E), "float32", 1, size),
+        (layer, op, None, (N, E), "float32", 1, size, None, None)
+        for layer, op in (("0.1", "Gelu"), ("1.0", "Addmm"), ("1.1", "Gelu"), ("2.0", "Addmm"), ("2.1", "Gelu"))
     ]  # the first layer keeps the input, which is not counted
     assert [tuple(row.values()) for row in report.rows] == want
-    assert list(report.rows[0]) == ["layer", "op", "shape", "dtype", "count", "kept_bytes"]
+    assert list(report.rows[0]) == ["layer", "op", "policy", "shape", "dtype", "count", "kept_bytes", "predicted_bytes",
+                                    "eager_bytes"]
     assert report.kept_bytes == 5 * size and report.peak_bytes >= report.kept_bytes
 
 
@@ -301,6 +299,94 @@ def test_eager_beside_it():
     assert report.eager.kept_bytes - report.kept_bytes == 2 * 4 * N * (N - 1) * 4  # p, not a log-sum-exp
     assert f"eager: kept {report.eager.kept_bytes / 1e3:.2f} kB" in str(report)
     assert remnant.memory_report(Attention(), x).eager is None
+
+
+def converted(memory="unbiased:bits=4"):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(E, E), nn.LayerNorm(E), nn.ReLU()) for _ in range(3)), nn.Softmax(-1))
+    return remnant.convert(model, memory, overrides={"1.1": "exact"})
+
+
+def test_a_converted_model_beside_eager():
+    model, x = converted(), torch.randn(N, E, requires_grad=True)
+    report = remnant.memory_report(model, x, eager=True)
+    plain = remnant.memory_report(remnant.revert(converted()), x)
+    assert plain.eager is None and report.eager.rows == plain.rows and report.eager.peak_bytes > report.peak_bytes
+    beside = {}
+    for row in report.rows:
+        beside[row["layer"]] = beside.get(row["layer"], 0) + row["eager_bytes"]
+    assert {name: size for name, size in beside.items() if size} == plain.layers()
+    policies = {row["layer"]: row["policy"] for row in report.rows}
+    assert policies["0.1"] == "unbiased:bits=4" and policies["1.1"] == "exact" and policies["3"] is None
+    # Linear layers' bytes are known beforehand.
+    code = remnant.linear_code_bytes(N * E, 4)
+    for name in ("0.0", "1.0", "2.0"):
+        assert sum(row["predicted_bytes"] for row in report.rows if row["layer"] == name) == code == report.layers()[name]
+    assert {row["predicted_bytes"] for row in report.rows if not row["layer"].endswith(".0")} == {None}
+    folded = report.folded()
+    for column in ("count", "kept_bytes", "eager_bytes"):
+        assert sum(row[column] for row in folded) == sum(row[column] for row in report.rows)
+    lines = str(report).splitlines()
+    assert lines[1].split() == ["layer", "op", "policy", "shape", "dtype", "count", "kept", "predicted", "eager"]
+    assert f"eager: kept {plain.kept_bytes / 1e3:.2f} kB" in lines[0]
+    assert "<th>predicted</th><th>eager</th>" in report.to_html()
+    alone = remnant.memory_report(model, x)
+    assert alone.eager is None and {row["eager_bytes"] for row in alone.rows} == {None}
+    assert "eager" not in str(alone)
+
+
+def test_a_layer_that_keeps_nothing_any_more_has_eager_s_bytes_too():
+    model = remnant.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    report = remnant.memory_report(model, torch.randn(2, 3, 8, 8), eager=True)
+    assert report.layers()["1"] == 0
+    assert sum(row["eager_bytes"] for row in report.rows) == report.eager.kept_bytes
+    assert [line.split() for line in str(report).splitlines() if line.startswith("1 ")][0][1] == "-"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_converted_model_stays_as_it_is(fails):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = converted()
+
+        def forward(self, x):
+            if fails and type(self.layers[0][0]) is nn.Linear:
+                raise ZeroDivisionError("in eager's forward")
+            return self.layers(x)
+
+    def everything(model):
+        return [(module, type(module), dict(module.__dict__)) for module in model.modules()]
+
+    model, x = Model(), torch.randn(N, E)
+    before, said = everything(model), remnant.conversion(model)
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            remnant.memory_report(model, x, eager=True)
+    else:
+        assert remnant.memory_report(model, x, eager=True).eager.kept_bytes > 0
+    after = everything(model)
+    assert [each[:2] for each in after] == [each[:2] for each in before]
+    for (_, _, old), (_, _, new) in zip(before, after, strict=True):
+        assert old.keys() == new.keys() and all(new[name] is old[name] for name in old)
+    assert remnant.conversion(model) == said
+
+
+def test_a_hugging_face_model_beside_eager():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                                     vocab_size=50, max_position_embeddings=16)
+    model, ids = transformers.BertModel(config), torch.randint(5, 50, (2, 8))
+    before = model.config._attn_implementation
+    plain = remnant.memory_report(model, ids)
+    remnant.convert(model, "unbiased:bits=4", overrides={"encoder.layer.1.attention": "exact"})
+    said = remnant.conversion(model)
+    report = remnant.memory_report(model, ids, eager=True)
+    assert report.eager.kept_bytes == plain.kept_bytes and report.kept_bytes < plain.kept_bytes
+    assert remnant.conversion(model) == said and model.config._attn_implementation == "remnant"
+    policies = {row["layer"]: row["policy"] for row in report.rows}
+    assert policies["encoder.layer.0.attention.self"] == "unbiased:bits=4"
+    assert policies["encoder.layer.1.attention.self"] == "exact"
+    assert remnant.revert(model).config._attn_implementation == before
 
 
 def test_compare():

@@ -264,6 +264,80 @@ def test_ops_that_keep_codes(requires_grad):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
+def test_feed_forward(requires_grad):
+    shapes = ((2, 5, 8), (16, 8), (16,), (6, 16), (6,))
+    inputs = [torch.randn(shape, requires_grad=requires_grad) for shape in shapes]
+    opcheck(ops.feed_forward_forward.default, (*inputs, "gelu", 0.0))
+    opcheck(ops.feed_forward_coded.default, (*inputs, "relu", 0.3, 4), test_utils=UTILITIES)
+    x, w1, b1, w2, b2 = (each.detach() for each in inputs)
+    grad = torch.randn(2, 5, 6)
+    for dropout in (0.0, 0.3):
+        _, seed = ops.feed_forward_forward(x, w1, b1, w2, b2, "gelu", dropout)
+        _, coded_seed, codes = ops.feed_forward_coded(x, w1, b1, w2, b2, "relu", dropout, 4)
+        kept = ops.encode(x, ops.draw_seed(x), 4)
+        for needs in ([True] * 5, [True, False, False, False, False], [False, True, True, False, False],
+                      [False, False, False, True, True]):
+            opcheck(ops.feed_forward_backward.default, (grad, x, w1, b1, w2, seed, "gelu", dropout, needs))
+            input_codes = kept if needs[1] else (None, None)
+            opcheck(ops.feed_forward_coded_backward.default,
+                    (grad, *input_codes, w1, w2, coded_seed, codes, "relu", dropout, 4, needs))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("other", [False, True])
+def test_multihead_attention(requires_grad, other):
+    def make(*shape):
+        return torch.randn(shape, requires_grad=requires_grad)
+
+    query, memory = make(2, 5, 8), make(2, 6, 8) if other else None
+    weights = make(24, 8), make(24), make(8, 8), make(8)
+    mask = torch.rand(2, 1, 1, 6 if other else 5) < 0.8
+    # Not traced: where autograd is off it keeps nothing, and backward makes it again.
+    opcheck(ops.multihead_attention_forward.default, (query, memory, *weights, 2, mask, not other, 0.0, True),
+            test_utils=UTILITIES)
+    query, in_weight, in_bias, out_weight, out_bias = (x.detach() for x in (query, *weights))
+    memory = memory.detach() if other else None
+    for keep, dropout in ((False, 0.0), (True, 0.3)):
+        _, *kept = ops.multihead_attention_forward(
+            query, memory, in_weight, in_bias, out_weight, out_bias, 2, mask, not other, dropout, keep)
+        for needs in ([True, other, True, True, True, True], [True, False, False, False, False, False],
+                      [False, False, False, False, True, True]):
+            opcheck(ops.multihead_attention_backward.default,
+                    (torch.randn(2, 5, 8), query, memory, in_weight, in_bias, out_weight, *kept, 2, mask, not other, dropout,
+                     needs))
+
+
+@pytest.mark.parametrize("policy", POLICIES + RANDOM)
+def test_attention_packed(policy):
+    q, k, v = (torch.randn(7, heads, 4) for heads in (4, 2, 2))
+    ends = [0, 3, 7]
+    arguments = (ends, ends, True, 0.0, 0.5, policy, [], True)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    opcheck(ops.attention_packed_forward.default, (*leaves, *arguments),
+            test_utils=UTILITIES if policy in RANDOM else "ALL")
+    output, *kept = ops.attention_packed_forward(q, k, v, *arguments)
+    for needs in ([True, True, True], [True, False, False], [False, False, True]):
+        opcheck(ops.attention_packed_backward.default,
+                (torch.randn_like(output), q, k, v, output, ends, ends, *kept, 2, *arguments[2:-1], needs))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_conv2d_rebuilt(requires_grad):
+    x = torch.randn(2, 4, 8, 9, requires_grad=requires_grad)
+    for least in (False, True):
+        opcheck(ops.conv2d_rebuilt.default, (x, 0.2 * torch.randn(4, 4, 3, 3), torch.randn(4), [1, 1], [1, 1], [1, 1], 1, least))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_reversible_chain(requires_grad):
+    weights = [(0.2 * torch.randn(4, 4, 3, 3)).requires_grad_(requires_grad)]
+    arguments = (torch.randn(2, 4, 6, 6), weights, [torch.ones(4)], [torch.zeros(4)], [], [], 0.1, 1e-5, 0.5)
+    # Its forward with gradients reads values, which tracing does not have.
+    traced = () if requires_grad else ("test_schema", "test_aot_dispatch_dynamic")
+    opcheck(ops.reversible_chain.default, arguments, test_utils=("test_autograd_registration", "test_faketensor", *traced))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
 def test_linear_cross_entropy(requires_grad):
     x, weight, bias = (torch.randn(*size, requires_grad=requires_grad) for size in ((7, 8), (11, 8), (11,)))
     target = torch.randint(0, 11, (7,))
