@@ -115,11 +115,18 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
+    if options.batch < 1 or options.epochs < 1:
+        parser.error(f"--batch and --epochs should be at least 1, got {options.batch} and {options.epochs}")
     if options.threads:
         torch.set_num_threads(options.threads)
     train = read(options.data, "train") if options.data else generated(2000, 0)
     test = read(options.data, "test") if options.data else generated(300, 1)
     labels = {label: i for i, label in enumerate(sorted({label for label, _ in train}))}
+    if options.batch > len(train) or not test:
+        raise SystemExit(f"finetune_minilm: a batch of {options.batch} and a test need at least as many sentences to "
+                         f"train on and one to test, got {len(train)} and {len(test)}")
+    if unknown := sorted({label for label, _ in test} - labels.keys()):
+        raise SystemExit(f"finetune_minilm: test has labels that train lacks: {', '.join(unknown[:5])}")
     eager = options.memory == "eager"
     model, encode, source = load_model(len(labels), "eager" if eager else "sdpa", options.seed)
     if not eager:
@@ -133,6 +140,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
     order, step, start, kept = random.Random(options.seed), 0, time.perf_counter(), 0
     total = options.epochs * (len(train) // options.batch)
+    total = min(total, options.steps or total)
     for _ in range(options.epochs):
         order.shuffle(train)
         model.train()

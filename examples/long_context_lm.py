@@ -103,9 +103,10 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
-    if options.context < 16 or options.context % 16 or options.steps < 1 or options.width % options.heads:
-        parser.error("--context must be a multiple of 16, --steps 1 or more and --width a multiple of --heads, got "
-                     f"{options.context}, {options.steps} and {options.width}")
+    if options.context < 16 or options.context % 16 or min(options.steps, options.batch) < 1 or \
+            options.width % options.heads:
+        parser.error("--context must be a multiple of 16, --steps and --batch 1 or more and --width a multiple of "
+                     f"--heads, got {options.context}, {options.steps}, {options.batch} and {options.width}")
     if options.threads:
         torch.set_num_threads(options.threads)
     source = read(options.data) if options.data else generated(64 * options.context + 100_000, 0)
@@ -125,7 +126,8 @@ def main():
                         remnant.Policy(attention=attention))
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
     rng = random.Random(options.seed)
-    report = remnant.memory_report(model, windows(train, options.batch, options.context, rng))
+    first = windows(train, options.batch, options.context, rng)
+    report = remnant.memory_report(model, first)
     seconds = []
     for _ in range(options.steps):
         ids = windows(train, options.batch, options.context, rng)

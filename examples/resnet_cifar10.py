@@ -103,6 +103,8 @@ def main():
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    if options.batch < 1 or options.epochs < 1:
+        parser.error(f"--batch and --epochs should be at least 1, got {options.batch} and {options.epochs}")
     if os.environ.get("REMNANT_DATA"):
         folder = Path(os.environ["REMNANT_DATA"]) / "cifar10"
         train, test = read(folder, "train"), read(folder, "test")

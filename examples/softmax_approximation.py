@@ -96,8 +96,8 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--attention", action="store_true", help="also the op that owns the next product")
     options = parser.parse_args()
-    if options.m < 1 or options.steps < 1:
-        parser.error("--m and --steps should be at least 1")
+    if min(options.m, options.steps, options.batch) < 1:
+        parser.error("--m, --steps and --batch should be at least 1")
     for way in ["torch", "curve", *(["attention"] if options.attention else [])]:
         print(json.dumps(train(way, options)), flush=True)
 

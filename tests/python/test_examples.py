@@ -38,6 +38,18 @@ def test_fine_tuning(memory, tmp_path):
     assert found["first_batch_kept_mb"] < eager["first_batch_kept_mb"]
 
 
+def test_fine_tuning_names_what_is_wrong_with_data(example, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    (tmp_path / "train.txt").write_text("0 a dull film\n1 a superb film\n")
+    (tmp_path / "test.txt").write_text("0 dull\n2 odd\n")
+    options = ("--data", tmp_path, "--steps", 1)
+    assert "a batch of 3 and a test need" in example("finetune_minilm.py", "--batch", 3, *options, fails=True)
+    assert "labels that train lacks: 2" in example("finetune_minilm.py", "--batch", 2, *options, fails=True)
+    assert "at least 1, got 0" in example("finetune_minilm.py", "--batch", 0, *options, fails=True)
+    (tmp_path / "test.txt").write_text("")
+    assert "got 2 and 0" in example("finetune_minilm.py", "--batch", 2, *options, fails=True)
+
+
 def test_the_release_s_softmax_by_one_import():
     torch, curve, owned = lines("softmax_approximation.py", "--steps", 30, "--attention")
     assert [line["softmax"] for line in (torch, curve, owned)] == ["torch", "curve", "attention"]
@@ -111,7 +123,7 @@ def test_language_model_reads_a_text(language_model, tmp_path):
     assert found["held_out_bits_a_byte"] < 5
     assert "at least 5130 are needed" in language_model("--data", path, "--context", 512, fails=True)
     assert "cannot be read" in language_model("--data", tmp_path / "none", fails=True)
-    assert "multiple of 16, --steps" in language_model("--context", 100, fails=True)
+    assert "multiple of 16, --steps and --batch" in language_model("--context", 100, fails=True)
 
 
 IMAGES = ("--epochs", 1, "--batch", 16, "--blocks", 1, "--width", 8)
@@ -153,6 +165,7 @@ def test_mistakes_of_options_are_named(example, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert "start it with torchrun" in example("train_distributed.py", fails=True)
     assert "at least 1" in example("softmax_approximation.py", "--m", 0, fails=True)
+    assert "at least 1, got 0" in example("resnet_cifar10.py", "--batch", 0, fails=True)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
