@@ -156,7 +156,8 @@ def test_a_setting_of_its_own_keeps_a_feed_forward_layer_apart():
         remnant.convert(model, "unbiased:bits=2", overrides=overrides)
         rows = remnant.memory_report(model, batch()).rows
         assert "remnant::CodedFeedForward" not in {row["op"] for row in rows}
-        assert any(row["layer"] == "0.linear1" for row in rows)
+        # One that reads codes shares those of the norm before it.
+        assert {row["layer"] for row in rows} & {"0.linear1", "0.linear2"}
         remnant.revert(model)
 
 
