@@ -324,6 +324,7 @@ KeptOfInput keep_of_pointwise(const at::Tensor& input, const at::Tensor& weight,
   const at::Tensor signs = probe_signs(samples * map.count[0] * map.count[1], input.options());
   kept.probes = at::zeros({input.size(1), 4}, input.options());
   at::Tensor seen = at::zeros_like(kept.probes);
+  std::vector<at::Tensor> coordinates;
   const int64_t at_once = samples_at_once(input.size(1) * map.count[0] * map.count[1]);
   for (int64_t first = 0; first < samples; first += at_once) {
     const int64_t count = std::min(at_once, samples - first);
@@ -332,9 +333,13 @@ KeptOfInput keep_of_pointwise(const at::Tensor& input, const at::Tensor& weight,
     kept.probes.addmm_(by_channel(x), part);
     const at::Tensor y = by_channel(minus_bias(map.of_output(output.narrow(0, first, count)), bias));
     seen.add_(map.apply(at::mm(y, part)));
-    if (map.basis.defined()) seen.addmm_(map.basis.t(), at::mm(by_channel(map.coordinates(x)), part));
+    if (map.basis.defined()) {
+      coordinates.push_back(map.coordinates(x).contiguous());
+      seen.addmm_(map.basis.t(), at::mm(by_channel(coordinates.back()), part));
+    }
   }
-  if (map.basis.defined()) kept.coordinates = map.coordinates(map.of_input(input)).contiguous();
+  if (map.basis.defined())
+    kept.coordinates = coordinates.size() == 1 ? coordinates[0] : at::cat(coordinates, 0);
   error = probe_error(seen, kept.probes);
   return kept;
 }

@@ -207,6 +207,16 @@ void with_element(const at::Tensor& x, F&& f) {
   }
 }
 
+// The kernel of an element type.
+template <typename T, typename Single, typename Double>
+auto kernel_of(Single single, Double twice) {
+  if constexpr (sizeof(T) == 4) {
+    return single;
+  } else {
+    return twice;
+  }
+}
+
 template <typename T>
 kernels::Spectrum<T> spectrum_of(int64_t n, Pair size, Pair grid, int64_t groups, int64_t channels,
                                  const at::Tensor& rows, const at::Tensor& columns) {
@@ -237,13 +247,9 @@ at::Tensor GridTransform::forward(const at::Tensor& x, int64_t groups) const {
       auto p = spectrum_of<T>(n, {h, w}, grid_, groups, c, rows_, columns_);
       p.x = given.const_data_ptr<T>(), p.spectrum = y.mutable_data_ptr<T>();
       const auto& step = kernels::step_kernels();
-      with_scratch(n, 1, p.scratch_floats(), x.options(), [&](int64_t begin, int64_t end, void* scratch) {
-        if constexpr (sizeof(T) == 4) {
-          step.spectrum_forward_f32(p, begin, end, scratch);
-        } else {
-          step.spectrum_forward_f64(p, begin, end, scratch);
-        }
-      });
+      const auto run = kernel_of<T>(step.spectrum_forward_f32, step.spectrum_forward_f64);
+      with_scratch(n, 1, p.scratch_floats(), x.options(),
+                   [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
     });
     return y;
   }
@@ -266,13 +272,9 @@ at::Tensor GridTransform::inverse(const at::Tensor& z, int64_t groups, Pair size
       auto p = spectrum_of<T>(n, size, grid_, groups, c, rows_back_, columns_back_);
       p.z = given.const_data_ptr<T>(), p.out = x.mutable_data_ptr<T>();
       const auto& step = kernels::step_kernels();
-      with_scratch(n, 1, p.scratch_floats(), z.options(), [&](int64_t begin, int64_t end, void* scratch) {
-        if constexpr (sizeof(T) == 4) {
-          step.spectrum_inverse_f32(p, begin, end, scratch);
-        } else {
-          step.spectrum_inverse_f64(p, begin, end, scratch);
-        }
-      });
+      const auto run = kernel_of<T>(step.spectrum_inverse_f32, step.spectrum_inverse_f64);
+      with_scratch(n, 1, p.scratch_floats(), z.options(),
+                   [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
     });
     return x;
   }
@@ -303,14 +305,9 @@ at::Tensor invert_in_lanes(const at::Tensor& a, at::Tensor* blocks) {
     if (blocks != nullptr) p.blocks = blocks->mutable_data_ptr<T>();
     if (blocks == nullptr) p.inverse = inverse.mutable_data_ptr<T>();
     const auto& step = kernels::step_kernels();
+    const auto run = kernel_of<T>(step.system_inverses_f32, step.system_inverses_f64);
     with_scratch(a.size(0), p.most_lanes(), p.scratch_floats(), real.options(),
-                 [&](int64_t begin, int64_t end, void* scratch) {
-                   if constexpr (sizeof(T) == 4) {
-                     step.system_inverses_f32(p, begin, end, scratch);
-                   } else {
-                     step.system_inverses_f64(p, begin, end, scratch);
-                   }
-                 });
+                 [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
   });
   return blocks == nullptr ? at::view_as_complex(inverse) : at::Tensor();
 }
@@ -336,13 +333,8 @@ at::Tensor multiply_systems(const at::Tensor& y, const at::Tensor& blocks) {
     p.rows = y.size(1), p.depth = y.size(2), p.columns = blocks.size(2);
     p.y = y.const_data_ptr<T>(), p.blocks = blocks.const_data_ptr<T>(), p.z = z.mutable_data_ptr<T>();
     const auto& step = kernels::step_kernels();
-    at::parallel_for(0, y.size(0), 1, [&](int64_t begin, int64_t end) {
-      if constexpr (sizeof(T) == 4) {
-        step.system_products_f32(p, begin, end);
-      } else {
-        step.system_products_f64(p, begin, end);
-      }
-    });
+    const auto run = kernel_of<T>(step.system_products_f32, step.system_products_f64);
+    at::parallel_for(0, y.size(0), 1, [&](int64_t begin, int64_t end) { run(p, begin, end); });
   });
   return z;
 }
