@@ -477,6 +477,7 @@ def convert_one(module: nn.Module, twin: type, policy: Policy, unit: dict[str, A
     unit: `then`, `shortcut` and `around` of convolutions and norms.
     """
     module.__dict__.update(torch_class=type(module), memory=policy, **unit)
+    module.__dict__["__module__"] = "torch.nn.remnant"  # by which torch.fx's tracers know layers that are one node
     module.__class__ = twin
 
 
@@ -508,5 +509,5 @@ def _over(kind: type, twin: Any) -> type:
 def revert_one(module: nn.Module, kind: type) -> None:
     """Gives `module` the class `kind`, which `class_before` found."""
     module.__class__ = kind
-    for name in ("torch_class", "memory", "then", "shortcut", "around"):
+    for name in ("torch_class", "memory", "then", "shortcut", "around", "__module__"):
         module.__dict__.pop(name, None)

@@ -427,6 +427,8 @@ def test_traced_and_transformed_by_torch_func():
     model, x = Net().eval(), torch.randn(3, 3, 8, 8)
     other = remnant.convert(copy.deepcopy(model))
     assert torch.allclose(torch.jit.trace(other, x)(x), model(x), atol=1e-5)
+    traced = torch.fx.symbolic_trace(other)
+    assert traced.get_submodule("conv") is other.conv and torch.allclose(traced(x), model(x), atol=1e-5)
 
     def loss(of):
         return lambda parameters: torch.func.functional_call(of, parameters, (x,)).square().mean()

@@ -393,6 +393,21 @@ def test_revert_refuses_what_it_cannot_take_back_and_changes_nothing():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_symbolic_tracing_takes_converted_layers_as_one_node():
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Dropout(0.0),
+                          nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), nn.Linear(16, 4))
+    x = torch.randn(3, 5, 8)
+    plain = torch.fx.symbolic_trace(model)
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    remnant.convert(model)
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes] == [n.target for n in plain.graph.nodes]
+    assert type(traced.get_submodule("0")).__module__ == "remnant.nn"
+    for g, w in zip(torch.autograd.grad(traced(x).square().sum(), list(model.parameters())), wanted, strict=True):
+        assert torch.allclose(g, w, rtol=1e-4, atol=1e-5)
+    assert remnant.revert(model)[0].__module__ == "torch.nn.modules.linear"
+
+
 def test_scripting_is_for_reverted_models():
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
     with pytest.raises(TypeError, match=r"revert it before torch.jit.script"):
