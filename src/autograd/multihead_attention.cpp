@@ -110,8 +110,9 @@ Result forward_autograd(const at::Tensor& query, const std::optional<at::Tensor>
   const bool any = needs[0] || needs[1] || needs[2] || needs[3] || needs[4] || needs[5];
   if (!at::GradMode::is_enabled() || !(any || wanted(mask))) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    // What compiled code has recorded asks for the residuals itself.
     return forward_op().call(query, memory, in_weight, in_bias, out_weight, out_bias, heads, mask, causal,
-                             dropout, false, generator);
+                             dropout, keep, generator);
   }
   TORCH_CHECK(!wanted(mask),
               "multihead_attention: mask must not need a gradient; use attention, which gives it one");

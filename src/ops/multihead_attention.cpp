@@ -6,6 +6,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -398,8 +399,12 @@ at::Tensor multihead_attention_op(const at::Tensor& query, const std::optional<a
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("remnant::multihead_attention_forward", "")
                              .typed<decltype(forward)>();
+  const auto wanted = [](const std::optional<at::Tensor>& x) { return x.has_value() && x->requires_grad(); };
+  const bool keep = keep_output && at::GradMode::is_enabled() &&
+                    (wanted(query) || wanted(memory) || wanted(in_weight) || wanted(in_bias) ||
+                     wanted(out_weight) || wanted(out_bias));
   return std::get<0>(op.call(query, memory, in_weight, in_bias, out_weight, out_bias, heads, mask, causal,
-                             dropout, keep_output, generator));
+                             dropout, keep, generator));
 }
 
 }  // namespace
