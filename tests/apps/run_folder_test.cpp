@@ -25,6 +25,7 @@
 #include <fstream>
 #include <iterator>
 #include <limits>
+#include <optional>
 #include <random>
 #include <set>
 #include <sstream>
@@ -460,9 +461,11 @@ TEST_F(RunFolderTest, CreateWriteOpenRead) {
 }
 
 TEST_F(RunFolderTest, ARunIsNotOverwritten) {
-  const RunFolder run = RunFolder::create(folder_ / "run", false);
-  run.write_json("config.json", {{"seed", 1}});
-  run.append_metrics({{"step", 1}});
+  {
+    const RunFolder run = RunFolder::create(folder_ / "run", false);
+    run.write_json("config.json", {{"seed", 1}});
+    run.append_metrics({{"step", 1}});
+  }
   EXPECT_EQ(error_of([&] { RunFolder::create(folder_ / "run", false); }),
             (folder_ / "run").string() + " already holds a run: choose another --out or pass --resume");
   const RunFolder resumed = RunFolder::create(folder_ / "run", true);
@@ -472,10 +475,38 @@ TEST_F(RunFolderTest, ARunIsNotOverwritten) {
   RunFolder::create(folder_, false);
 }
 
+TEST_F(RunFolderTest, OneTrainingAtATime) {
+  const fs::path path = folder_ / "run";
+  std::optional<RunFolder> run = RunFolder::create(path, false);
+  run->write_json("config.json", {{"seed", 1}});
+  run->write_json("memory.json", {{"kept_bytes", 1}});
+  const RunFolder copy = *run;
+  run.reset();
+  for (const bool resume : {false, true}) {
+    EXPECT_EQ(error_of([&] { RunFolder::create(path, resume); }),
+              "another training is writing to " + path.string() +
+                  ": wait until it has ended, or choose another --out");
+  }
+  EXPECT_TRUE(fs::exists(path / "memory.json"));
+  EXPECT_EQ(RunFolder::open(path).read_json("config.json")["seed"], 1);
+}
+
+TEST_F(RunFolderTest, ADeadTrainingKeepsNobodyOut) {
+  write(folder_ / ".lock", "");
+  {
+    const RunFolder run = RunFolder::create(folder_, false);
+  }
+  EXPECT_TRUE(names_in(folder_).empty());
+}
+
 TEST_F(RunFolderTest, ARunThatDidNoStepIsBegunAnew) {
-  const RunFolder run = RunFolder::create(folder_ / "run", false);
-  for (const char* name : {"config.json", "memory.json", "plan.json", "other.json"})
-    run.write_json(name, {{"seed", 1}});
+  const fs::path path = folder_ / "run";
+  {
+    const RunFolder run = RunFolder::create(path, false);
+    for (const char* name : {"config.json", "memory.json", "plan.json", "other.json"})
+      run.write_json(name, {{"seed", 1}});
+  }
+  const RunFolder run = RunFolder::open(path);
   EXPECT_FALSE(RunFolder::is_taken(run.path()));
   RunFolder::create(run.path(), true);
   EXPECT_TRUE(fs::exists(run.path() / "plan.json"));
@@ -515,7 +546,7 @@ TEST_F(RunFolderTest, WhatIsMissingOrWrongIsNamed) {
 TEST_F(RunFolderTest, MetricsAreAppendedAndDropped) {
   const RunFolder run = RunFolder::create(folder_, false);
   run.drop_metrics_after(3);  // nothing there yet
-  EXPECT_TRUE(names_in(folder_).empty());
+  EXPECT_EQ(names_in(folder_), std::set<std::string>{".lock"});
   for (int step = 1; step <= 5; ++step) run.append_metrics({{"step", step}, {"loss", 1.0 / step}});
   run.append_metrics({{"note", "no step"}});
   const std::string all = read(folder_ / "metrics.jsonl");
@@ -528,7 +559,7 @@ TEST_F(RunFolderTest, MetricsAreAppendedAndDropped) {
   run.append_metrics({{"step", 3}});
   run.drop_metrics_after(0);
   EXPECT_EQ(read(folder_ / "metrics.jsonl"), "{\"note\":\"no step\"}\n");
-  EXPECT_EQ(names_in(folder_), std::set<std::string>{"metrics.jsonl"});
+  EXPECT_EQ(names_in(folder_), (std::set<std::string>{".lock", "metrics.jsonl"}));
 }
 
 TEST_F(RunFolderTest, ATornLastLineIsDropped) {
@@ -650,8 +681,8 @@ TEST_F(ReplaceDirectory, NothingToRecover) {
 }
 
 TEST_F(ReplaceDirectory, OpeningARunRecovers) {
-  const RunFolder run = RunFolder::create(folder_ / "run", false);
-  run.write_json("config.json", {{"seed", 1}});
+  RunFolder::create(folder_ / "run", false).write_json("config.json", {{"seed", 1}});
+  const RunFolder run = RunFolder::open(folder_ / "run");
   for (const bool resume : {false, true}) {
     save_checkpoint(run.path() / "checkpoint", "first");
     fs::rename(run.path() / "checkpoint", run.path() / "checkpoint.old");

@@ -61,6 +61,39 @@ class SwapLock {
   File directory_;  // closing it releases the lock
 };
 
+// Held by a training over its run's folder, and gone with its process. Advisory: where a file system knows no
+// locks, nothing is kept out.
+class TrainingLock {
+ public:
+  explicit TrainingLock(const fs::path& run) : path_(run / ".lock") {
+    do {
+      file_.emplace(path_, O_RDWR | O_CREAT);
+      while (::flock(file_->descriptor(), LOCK_EX | LOCK_NB) != 0) {
+        if (errno == EWOULDBLOCK) {
+          throw Error("another training is writing to " + run.string() +
+                      ": wait until it has ended, or choose another --out");
+        }
+        if (errno != EINTR) return;
+      }
+    } while (!is_in_place());  // its last holder may have removed it since it was opened
+  }
+  TrainingLock(const TrainingLock&) = delete;
+  TrainingLock& operator=(const TrainingLock&) = delete;
+  ~TrainingLock() {
+    std::error_code ignored;
+    fs::remove(path_, ignored);
+  }
+
+ private:
+  bool is_in_place() const {
+    struct stat found;
+    return ::stat(path_.c_str(), &found) == 0 && found.st_ino == file_->status().st_ino;
+  }
+
+  fs::path path_;
+  std::optional<File> file_;
+};
+
 std::string dump(const nlohmann::ordered_json& value, int indent, const fs::path& path) {
   try {
     return value.dump(indent) + "\n";
@@ -170,6 +203,7 @@ RunFolder RunFolder::create(const fs::path& path, bool resume) {
   if (!resume && is_taken(path)) {
     throw Error(path.string() + " already holds a run: choose another --out or pass --resume");
   }
+  folder.lock_ = std::make_shared<const TrainingLock>(path);
   if (!resume && fs::exists(path / "config.json", code)) {
     for (const char* name : kBeforeTraining) fs::remove(path / name, code);
   }

@@ -49,7 +49,8 @@ class RunFolder {
   /// not count.
   static bool is_taken(const std::filesystem::path& path);
   /// Makes the folder; without `resume` removes what such a run has left. Throws Error when it already holds
-  /// a run (unless `resume`).
+  /// a run (unless `resume`), or while another object of this function, or a copy of it, lives in any
+  /// process.
   static RunFolder create(const std::filesystem::path& path, bool resume);
   /// Opens an existing run for reading. Throws Error naming what is missing.
   static RunFolder open(const std::filesystem::path& path);
@@ -62,6 +63,7 @@ class RunFolder {
 
  private:
   std::filesystem::path path_;
+  std::shared_ptr<const void> lock_;  // null in readers
 };
 
 /// A checkpoint is a directory swapped in whole: the files are written beside it, synced, renamed.
