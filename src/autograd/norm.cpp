@@ -66,7 +66,7 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     const bool rows = needs[0] || needs[1];
     const auto when = [](bool wanted, const OptionalTensor& x) { return wanted && x ? *x : at::Tensor(); };
     ops::Codes kept;
-    const bool coded = keep && bits > 0 && !(hidden.all && ops::is_traced(input));
+    const bool coded = keep && bits > 0;
     if (coded) {
       kept = ops::shared_codes(hidden.all ? aside : output, bits, std::nullopt);
     } else if (bits > 0) {

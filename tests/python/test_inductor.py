@@ -107,13 +107,17 @@ def test_converted_models_compile(name, memory):
     assert kept < 0.8 * plain
 
 
-def test_dropout_and_sizes_that_change():
+@pytest.mark.parametrize("memory", ["exact", "unbiased:bits=4"])
+def test_dropout_and_sizes_that_change(memory):
     torch.manual_seed(0)
-    model = remnant.convert(encoder(0.1))
+    model = remnant.convert(encoder(0.1), memory)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for rows, length in ((2, 200), (3, 150), (2, 20)):
         x = torch.randn(rows, length, 32)
         found, kept = step(compiled, model, x)
         wanted, eager = step(model, model, x)
-        assert distance(found, wanted) < 1e-5
-        assert kept <= eager + 4 * x.numel() + 1024  # a norm's normalised rows beside its output
+        if memory == "exact":
+            assert distance(found, wanted) < 1e-5
+            assert kept <= eager + 4 * x.numel() + 1024  # a norm's normalised rows beside its output
+        else:
+            assert kept <= eager + 2 * x.numel() + 1024  # codes of both norms'
