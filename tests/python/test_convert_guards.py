@@ -392,7 +392,6 @@ def test_revert_refuses_what_it_cannot_take_back_and_changes_nothing():
     assert str(model) == before
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_symbolic_tracing_takes_converted_layers_as_one_node():
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Dropout(0.0),
                           nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), nn.Linear(16, 4))
@@ -408,6 +407,7 @@ def test_symbolic_tracing_takes_converted_layers_as_one_node():
     assert remnant.revert(model)[0].__module__ == "torch.nn.modules.linear"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripting_is_for_reverted_models():
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
     with pytest.raises(TypeError, match=r"revert it before torch.jit.script"):

@@ -68,12 +68,10 @@ class TrainingLock {
   explicit TrainingLock(const fs::path& run) : path_(run / ".lock") {
     do {
       file_.emplace(path_, O_RDWR | O_CREAT);
-      while (::flock(file_->descriptor(), LOCK_EX | LOCK_NB) != 0) {
-        if (errno == EWOULDBLOCK) {
-          throw Error("another training is writing to " + run.string() +
-                      ": wait until it has ended, or choose another --out");
-        }
-        if (errno != EINTR) return;
+      if (::flock(file_->descriptor(), LOCK_EX | LOCK_NB) != 0) {
+        if (errno != EWOULDBLOCK) return;
+        throw Error("another training is writing to " + run.string() +
+                    ": wait until it has ended, or choose another --out");
       }
     } while (!is_in_place());  // its last holder may have removed it since it was opened
   }
